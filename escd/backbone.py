@@ -1,0 +1,625 @@
+"""The pretrained model that ESCDiffusion customizes: a latent diffusion model and an image tower.
+
+`load_backbone` is the only door: "mini" (shipped in the package), "sd15", a folder in diffusers layout, or a
+hub id. A backbone's folder is a plain Stable Diffusion folder (`diffusers.StableDiffusionPipeline` loads it)
+with two more rooms: `image_tower/` and `filters/<attribute>/`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import __version__ as diffusers_version
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, get_model_config
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+from .fusion import AttributeFilter
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where a named backbone comes from: a folder, or a hub repository at a pinned revision."""
+
+    folder: Path | None = None
+    repository: str | None = None
+    revision: str | None = None
+    variant: str | None = None  # of the weight files, as diffusers names it
+
+
+@dataclass(frozen=True)
+class TowerWeights:
+    """A published OpenCLIP model whose image tower serves backbones that bring none of their own."""
+
+    architecture: str
+    repository: str
+    revision: str
+    file: str
+
+
+# The one place that knows model ids and revisions.
+MODELS = {
+    "mini": Model(folder=Path(__file__).parent / "weights" / "mini"),
+    "sd15": Model(
+        repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+        variant="fp16",
+    ),
+}
+OPENCLIP = TowerWeights(
+    architecture="ViT-B-32",
+    repository="laion/CLIP-ViT-B-32-laion2B-s34B-b79K",  # open_clip's laion2b_s34b_b79k
+    revision="1a25a446712ba5ee05982a381eed697ef9b435cf",
+    file="open_clip_model.safetensors",
+)
+
+PSEUDO_WORD = re.compile(r"\*[^\W\d_]\w*")
+# Whatever a pseudo-word is glued to in a prompt; `\w` is what the tokenizer's single_word looks at.
+_STARRED = re.compile(r"[\w*]*\*[^\W\d_][\w*]*")
+
+
+class ImageTower(ModelMixin, ConfigMixin):
+    """The visual encoder clip-v of Eq. 4: the vision transformer of open_clip's CLIP, up to its CLS token."""
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        embed_dim: int,
+        head_width: int = 64,
+        mlp_ratio: float = 4.0,
+        quick_gelu: bool = False,
+        mean: tuple[float, float, float] = OPENAI_DATASET_MEAN,
+        std: tuple[float, float, float] = OPENAI_DATASET_STD,
+    ) -> None:
+        super().__init__()
+        vision = CLIPVisionCfg(
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width,
+            layers=layers,
+            head_width=head_width,
+            mlp_ratio=mlp_ratio,
+        )
+        # open_clip builds both towers at once: the smallest text tower it takes is built and let go.
+        text = CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
+        self.visual = CLIP(embed_dim, vision, text, quick_gelu=quick_gelu).visual
+        self.visual.proj = None  # the CLS token is read before the projection into the space shared with text
+
+    @classmethod
+    def from_open_clip(cls, clip: CLIP, model_cfg: Mapping | str) -> ImageTower:
+        """An image tower with a copy of the visual weights of `clip`, which `model_cfg` describes.
+
+        `model_cfg` is open_clip's own model configuration ("embed_dim", "vision_cfg", ...) or the name of one
+        that open_clip knows. Raises ValueError for one this class cannot hold (a ResNet, a timm tower).
+        """
+        tower = cls(**_tower_config(model_cfg))
+        weights = {name: w for name, w in clip.visual.state_dict().items() if name != "proj"}
+        tower.visual.load_state_dict(weights)
+        return tower.to(next(clip.visual.parameters()).device).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """CLS tokens (B, width) of `images` (B, 3, H, W) in [-1, 1], resized to the tower's own size."""
+        size = self.config.image_size
+        x = images.to(self.device, torch.float32)
+        if x.shape[-2:] != (size, size):
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+        mean, std = x.new_tensor([self.config.mean, self.config.std])[:, :, None, None]  # (3, 1, 1) each
+        x = (x / 2 + 0.5 - mean) / std  # (B, 3, size, size)
+        return self.visual(x.to(self.dtype))  # (B, width)
+
+
+def _tower_config(model_cfg: Mapping | str) -> dict:
+    """ImageTower's arguments from open_clip's model configuration, or from the name of one."""
+    if isinstance(model_cfg, str):
+        found = get_model_config(model_cfg)
+        if found is None:
+            raise ValueError(f"open_clip knows no model {model_cfg!r}")
+        model_cfg = found
+    vision = dict(model_cfg["vision_cfg"])
+    known = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
+    if foreign := sorted(set(vision) - set(known)):
+        raise ValueError(
+            f"an image tower is a plain vision transformer; it cannot hold vision_cfg keys {foreign}"
+        )
+    return {
+        **vision,
+        "embed_dim": model_cfg["embed_dim"],
+        "quick_gelu": model_cfg.get("quick_gelu", False),
+    }
+
+
+class Backbone:
+    """A latent diffusion model (vae, text encoder, UNet, scheduler), an image tower and attribute filters.
+
+    `filters` maps an attribute's name to its pretrained `AttributeFilter`; it may be empty.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizerFast,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        image_tower: ImageTower,
+        filters: Mapping[str, AttributeFilter] | None = None,
+        name: str = "unnamed",
+    ) -> None:
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.unet = unet
+        self.scheduler = scheduler
+        self.image_tower = image_tower
+        self.filters = dict(filters or {})
+        self.name = name
+
+    def __repr__(self) -> str:
+        return (
+            f"Backbone({self.name!r}, {self.image_size} px, {self.device}, {str(self.dtype).split('.')[1]})"
+        )
+
+    @property
+    def components(self) -> dict[str, object]:
+        """The modules a diffusers pipeline is made of, by name."""
+        return {
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "tokenizer": self.tokenizer,
+            "unet": self.unet,
+            "scheduler": self.scheduler,
+            "image_tower": self.image_tower,
+        }
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every network of the backbone by name, the filters as "filters/<attribute>"."""
+        networks = {name: m for name, m in self.components.items() if isinstance(m, nn.Module)}
+        return networks | {f"filters/{name}": f for name, f in self.filters.items()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def vae_scale(self) -> int:
+        """Image pixels to a latent pixel."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def image_size(self) -> int:
+        """Width and height, in pixels, of the images the UNet was trained on."""
+        return self.unet.config.sample_size * self.vae_scale
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one image's latents at `image_size`."""
+        size = self.unet.config.sample_size
+        return self.unet.config.in_channels, size, size
+
+    @cached_property
+    def identity(self) -> str:
+        """Twelve hex digits that name the UNet's and the text encoder's weights; read once, then remembered.
+
+        The weights are compared in half precision, so that one checkpoint is the same backbone in every
+        precision it is stored or run in. Names and shapes stand for the configuration: the libraries' own
+        configurations gain keys from one release to the next.
+        """
+        digest = hashlib.sha256()
+        for module, weights in (("unet", self.unet.state_dict()), ("text", _prefixed(self.text_encoder))):
+            for name in sorted(weights):
+                w = weights[name].detach().to("cpu", torch.float16).contiguous()
+                digest.update(f"{module}.{name}{tuple(w.shape)}".encode())
+                digest.update(w.numpy().data)
+        return digest.hexdigest()[:12]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Backbone:
+        """Move every network to `device` and `dtype`, in place; returns itself."""
+        if dtype is torch.bfloat16:
+            self.identity  # noqa: B018  remembered before the rounding that would change it
+        for module in self.modules.values():
+            nn.Module.to(
+                module, device=device, dtype=dtype
+            )  # diffusers' own warns where there is nothing to warn of
+        return self
+
+    # ---- images and latents
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of `images` (B, 3, H, W) in [-1, 1]: the posterior mean, scaled."""
+        posterior = self.vae.encode(images.to(self.device, self.vae.dtype)).latent_dist
+        return posterior.mode() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), clamped to [-1, 1], of `latents` (B, C, h, w)."""
+        z = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(z).sample.clamp(-1, 1)
+
+    # ---- prompts and pseudo-words
+
+    def encode_prompt(
+        self, prompts: Iterable[str] | str, pseudo_words: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Text conditioning tau(c) (B, L, D) of `prompts`; the one place where pseudo-words enter.
+
+        `pseudo_words` maps a token ("*m") to its embedding, (D,) for all prompts or (B, D), one for each;
+        gradients flow into it. Raises ValueError for a pseudo-word that is missing here, split or cut off
+        (`check_prompt`).
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        pseudo_words = dict(pseudo_words or {})
+        for prompt in prompts:
+            self.check_prompt(prompt, pseudo_words)
+        ids = self._token_ids(prompts).to(self.text_encoder.device)  # (B, L)
+        replacements = []
+        for token, v in pseudo_words.items():
+            here = ids == self.tokenizer.convert_tokens_to_ids(token)  # (B, L)
+            replacements.append((here[..., None], v if v.ndim == 1 else v[:, None, :]))
+        if not any(here.any() for here, _ in replacements):
+            return self.text_encoder(ids)[0]
+        # CLIPTextModel takes no inputs_embeds and its table has no row for a pseudo-word: any row is looked
+        # up in its place, and replaced as it leaves the table.
+        for here, _ in replacements:
+            ids = ids.masked_fill(here[..., 0], 0)
+        with _replaced_rows(self.text_encoder, replacements):
+            return self.text_encoder(ids)[0]
+
+    def word_embedding(self, word: str) -> Tensor:
+        """Embedding e(word) (D,) in the text encoder's table.
+
+        Raises ValueError unless the tokenizer knows the word as one token.
+        """
+        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        table = self.text_encoder.get_input_embeddings().weight
+        if len(ids) != 1 or ids[0] in self.tokenizer.all_special_ids or ids[0] >= len(table):
+            raise ValueError(
+                f"{word!r} is not one token of this backbone's vocabulary, as an attribute's word must be"
+            )
+        return table[ids[0]].detach().clone()
+
+    def add_token(self, token: str) -> None:
+        """Teach the tokenizer the pseudo-word `token` ("*m"); nothing changes when it knows it already."""
+        if not PSEUDO_WORD.fullmatch(token) or token != token.lower():
+            raise ValueError(f"a pseudo-word is an asterisk and a lower-case name, like '*m', not {token!r}")
+        # Without single_word, "*man" would become "*m" and "an".
+        self.tokenizer.add_tokens([AddedToken(token, single_word=True, normalized=True)])
+
+    def pseudo_words_in(self, prompt: str) -> list[str]:
+        """Whatever in `prompt` looks like a pseudo-word, with all that is glued to it, in lower case."""
+        return [match.group().lower() for match in _STARRED.finditer(prompt)]
+
+    def check_prompt(self, prompt: str, loaded_tokens: Iterable[str]) -> None:
+        """Raise ValueError when a pseudo-word of `prompt` is not loaded, not standing alone, or cut off."""
+        if not isinstance(prompt, str):
+            raise TypeError(f"a prompt is a string, not {type(prompt).__name__}")
+        loaded = sorted(loaded_tokens)
+        for token in loaded:
+            self.add_token(token)
+        found = self.pseudo_words_in(prompt)
+        for word in found:
+            if word in loaded:
+                continue
+            if not PSEUDO_WORD.fullmatch(word):
+                raise ValueError(
+                    f"{word!r} in the prompt: a pseudo-word is an asterisk and a name and must stand alone, "
+                    "as in 'a *m shape'"
+                )
+            begun = [token for token in loaded if word.startswith(token)]
+            hint = f"; {begun[0]!r} must stand alone, not begin a word" if begun else ""
+            raise ValueError(
+                f"the prompt has the pseudo-word {word!r}, but no customization that brings it is loaded "
+                f"(loaded: {', '.join(loaded) or 'none'}){hint}"
+            )
+        cut = self.cut_off(prompt) if found else ""
+        if behind := self.pseudo_words_in(cut):
+            raise ValueError(
+                f"the text encoder reads {self.tokenizer.model_max_length} tokens of the prompt, "
+                f"and {behind[0]!r} stands behind them"
+            )
+
+    def cut_off(self, prompt: str) -> str:
+        """What of `prompt` lies beyond the tokens the text encoder reads; mostly nothing."""
+        ids = self.tokenizer(prompt).input_ids
+        return self.tokenizer.decode(ids[self.tokenizer.model_max_length - 1 : -1])
+
+    def _token_ids(self, prompts: list[str]) -> Tensor:
+        """Token ids (B, L), padded and cut to the text encoder's length."""
+        length = self.tokenizer.model_max_length
+        batch = self.tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        return batch.input_ids
+
+    # ---- storing
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the backbone in diffusers layout, as safetensors, in `dtype` (default: as it is)."""
+        folder = Path(folder)
+        for name, module in self.modules.items():
+            stored = module if dtype is None else nn.Module.to(copy.deepcopy(module), "cpu", dtype)
+            if name == "text_encoder":
+                # transformers 5 writes the names without this prefix, which earlier versions cannot read.
+                stored.config.save_pretrained(folder / name)
+                save_file(_prefixed(stored), folder / name / "model.safetensors", metadata={"format": "pt"})
+            else:
+                stored.save_pretrained(folder / name, safe_serialization=True)
+        self.scheduler.save_pretrained(folder / "scheduler")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        # transformers 4 looks for the vocabulary and the merges by themselves.
+        self.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+        (folder / "model_index.json").write_text(json.dumps(_model_index(self), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        image_tower: ImageTower | str | Path | None = None,
+        name: str | None = None,
+    ) -> Backbone:
+        """Read a backbone from `folder`, in diffusers layout; its networks are frozen and in evaluation mode.
+
+        A folder without `image_tower/` takes `image_tower`: a tower, or the safetensors file of the OpenCLIP
+        model in `OPENCLIP`, which is otherwise taken from the hub. Raises FileNotFoundError for what is
+        missing.
+        """
+        folder = Path(folder)
+        _require_layout(folder)
+        if image_tower is None and (folder / "image_tower").is_dir():
+            image_tower = _load(ImageTower, folder / "image_tower", dtype)
+        elif not isinstance(image_tower, ImageTower):
+            image_tower = _open_clip_tower(image_tower, dtype)
+        filters = {
+            path.parent.name: _load(AttributeFilter, path.parent, dtype)
+            for path in sorted(folder.glob("filters/*/config.json"))
+        }
+        backbone = cls(
+            vae=_load(AutoencoderKL, folder / "vae", dtype),
+            text_encoder=_load_text_encoder(folder / "text_encoder", dtype),
+            tokenizer=CLIPTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True),
+            unet=_load(UNet2DConditionModel, folder / "unet", dtype),
+            # Latents are not confined to [-1, 1]; a scheduler's file that is silent about it means the same.
+            scheduler=DDIMScheduler.from_pretrained(
+                folder / "scheduler", local_files_only=True, clip_sample=False
+            ),
+            image_tower=image_tower,
+            filters=filters,
+            name=name or folder.resolve().name,
+        )
+        for module in backbone.modules.values():
+            module.eval().requires_grad_(False)
+        return backbone
+
+
+def load_backbone(
+    name_or_path: str | Path = "mini",
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    image_tower: ImageTower | str | Path | None = None,
+) -> Backbone:
+    """Load a backbone: "mini", "sd15", a folder in diffusers layout, or a hub id; frozen, ready to customize.
+
+    `device` None takes cuda, mps or the CPU, whichever is there first; `dtype` None is float32.
+    `image_tower`: see `Backbone.from_pretrained`. Raises FileNotFoundError for a missing folder or component,
+    OSError when a hub model is neither stored on this machine nor reachable.
+    """
+    name = str(name_or_path)
+    model = MODELS.get(name)
+    if model is None:
+        if Path(name).is_dir():
+            model = Model(folder=Path(name))
+        elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+            model = Model(repository=name)
+        else:
+            raise FileNotFoundError(
+                f"no backbone {name!r}: neither {' nor '.join(MODELS)}, no folder, no hub id (owner/name)"
+            )
+    folder = model.folder or _fetch(model)
+    backbone = Backbone.from_pretrained(
+        folder,
+        dtype=dtype or torch.float32,
+        image_tower=image_tower,
+        name=name if name in MODELS or model.repository else None,
+    )
+    return backbone.to(device or choose_device())
+
+
+def choose_device() -> torch.device:
+    """The fastest kind of device here: cuda, else mps, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+# ---- reading folders
+
+
+def _load(kind: type[ModelMixin], folder: Path, dtype: torch.dtype) -> ModelMixin:
+    """A diffusers model from its folder, from safetensors only: the plain file, else the fp16 one."""
+    plain = folder / "diffusion_pytorch_model.safetensors"
+    return kind.from_pretrained(
+        folder,
+        torch_dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        variant=None if plain.exists() else "fp16",
+    )
+
+
+def _load_text_encoder(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
+    """The text encoder from its folder, whichever way its weights are named (see `_prefixed`)."""
+    plain = folder / "model.safetensors"
+    weights = load_file(plain if plain.exists() else folder / "model.fp16.safetensors")
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, local_files_only=True)).to(dtype)
+    own_prefix = "text_model." if hasattr(text_encoder, "text_model") else ""
+    named = {own_prefix + name.removeprefix("text_model."): w for name, w in weights.items()}
+    named.pop(own_prefix + "embeddings.position_ids", None)  # a counter, stored by early releases only
+    text_encoder.load_state_dict(named)
+    return text_encoder
+
+
+def _require_layout(folder: Path) -> None:
+    """Raise when `folder` is not the folder of a backbone, naming what is missing."""
+    missing = [
+        file
+        for file in (
+            "vae/config.json",
+            "unet/config.json",
+            "text_encoder/config.json",
+            "tokenizer/tokenizer_config.json",
+            "scheduler/scheduler_config.json",
+        )
+        if not (folder / file).is_file()
+    ]
+    missing += [
+        f"{name}/{stem}.safetensors"
+        for name, stem in (
+            ("vae", "diffusion_pytorch_model"),
+            ("unet", "diffusion_pytorch_model"),
+            ("text_encoder", "model"),
+        )
+        if not any((folder / name / f"{stem}{variant}.safetensors").is_file() for variant in ("", ".fp16"))
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is not a backbone in diffusers layout: {', '.join(missing)} missing "
+            "(weights are read from safetensors only)"
+        )
+    for file in sorted(folder.glob("*/*.safetensors")):
+        with open_safetensors(file):  # a file cut short is told here, in one way for all networks
+            pass
+    unet = json.loads((folder / "unet/config.json").read_text())
+    text = json.loads((folder / "text_encoder/config.json").read_text())
+    if unet["cross_attention_dim"] != text["hidden_size"]:
+        raise ValueError(
+            f"{folder} is not of Stable Diffusion 1.x's kind: its UNet reads text of width "
+            f"{unet['cross_attention_dim']}, its text encoder writes width {text['hidden_size']}"
+        )
+
+
+@contextmanager
+def open_safetensors(path: str | Path) -> Iterator[safe_open]:
+    """A safetensors file, open for reading; ValueError when it is none, or is cut short."""
+    try:
+        stored = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    with stored:
+        yield stored
+
+
+def _fetch(model: Model) -> Path:
+    """The folder of a hub model, downloaded unless it is stored on this machine."""
+    suffix = f".{model.variant}" if model.variant else ""
+    files = ["model_index.json", "tokenizer/*", "scheduler/*", "image_tower/*", "filters/*"]
+    for name, stem in (
+        ("vae", "diffusion_pytorch_model"),
+        ("unet", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        files += [f"{name}/config.json", f"{name}/{stem}{suffix}.safetensors"]
+    try:
+        return Path(snapshot_download(model.repository, revision=model.revision, allow_patterns=files))
+    except LocalEntryNotFoundError as error:
+        raise OSError(
+            f"{model.repository} is no folder, it is not in the Hugging Face cache, and the hub cannot be "
+            "reached; connect once to download it, or give the path of a folder in diffusers layout"
+        ) from error
+
+
+def _open_clip_tower(file: str | Path | None, dtype: torch.dtype) -> ImageTower:
+    """The image tower of the OpenCLIP model in `OPENCLIP`, from `file` (safetensors) or from the hub."""
+    if file is None:
+        try:
+            file = hf_hub_download(OPENCLIP.repository, OPENCLIP.file, revision=OPENCLIP.revision)
+        except LocalEntryNotFoundError as error:
+            raise OSError(
+                f"this backbone has no image tower of its own; {OPENCLIP.repository}, which would serve, "
+                "is not stored on this machine and the Hugging Face hub cannot be reached; connect once to "
+                "download it, or pass image_tower="
+            ) from error
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no image tower at {file}")
+    tower = ImageTower(**_tower_config(OPENCLIP.architecture))
+    with open_safetensors(file) as stored:
+        visual = [name for name in stored.keys() if name.startswith("visual.") and name != "visual.proj"]
+        tower.load_state_dict({name: stored.get_tensor(name) for name in visual})
+    return nn.Module.to(tower, dtype)
+
+
+def _model_index(backbone: Backbone) -> dict:
+    """diffusers' table of contents: that of a StableDiffusionPipeline without safety checker."""
+    kinds = {
+        name: ["transformers" if name in ("text_encoder", "tokenizer") else "diffusers", type(part).__name__]
+        for name, part in backbone.components.items()
+        if name != "image_tower"
+    }
+    absent = {name: [None, None] for name in ("feature_extractor", "image_encoder", "safety_checker")}
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers_version,
+        **kinds,
+        **absent,
+        "requires_safety_checker": False,
+    }
+
+
+# ---- the text encoder
+
+
+def _prefixed(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
+    """The text encoder's weights under the names of transformers 4, with `text_model.` in front."""
+    weights = {
+        "text_model." + name.removeprefix("text_model."): w.detach().contiguous()
+        for name, w in text_encoder.state_dict().items()
+    }
+    weights.pop("text_model.embeddings.position_ids", None)  # a counter, stored by early releases only
+    return weights
+
+
+@contextmanager
+def _replaced_rows(text_encoder: CLIPTextModel, replacements: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """While open, rows leaving the token table are replaced: (where (B, L, 1), by what)."""
+
+    def replace(_module: nn.Module, _inputs: tuple, rows: Tensor) -> Tensor:
+        for here, v in replacements:
+            rows = torch.where(here.to(rows.device), v.to(rows), rows)
+        return rows
+
+    hook = text_encoder.get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()

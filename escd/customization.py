@@ -1,0 +1,175 @@
+"""The artefact: a pseudo-word and the change of one part of the UNet, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .backbone import PSEUDO_WORD, Backbone, open_safetensors
+from .parts import parameters_of
+
+FORMAT = "escd-customization-1"
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A sub-attribute: its name, the word it starts from, its pseudo-word, and the part it tunes."""
+
+    name: str
+    word: str
+    token: str
+    part: str
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"an attribute's {key} must be a word, not {value!r}")
+        if not self.name.isidentifier():
+            raise ValueError(f"an attribute's name must be a plain word, not {self.name!r}")
+        if not PSEUDO_WORD.fullmatch(self.token) or self.token != self.token.lower():
+            raise ValueError(
+                f"an attribute's token is an asterisk and a lower-case name, like '*m', not {self.token!r}"
+            )
+
+
+# "we fine-tune only the encoder part ... for shape; for appearance, solely the decoder" (Attribute-aware
+# finetuning)
+ATTRIBUTES = {
+    "shape": Attribute("shape", word="shape", token="*m", part="encoder"),
+    "appearance": Attribute("appearance", word="appearance", token="*a", part="decoder"),
+}
+
+
+def resolve_attribute(attribute: Attribute | str) -> Attribute:
+    """The attribute itself, or the known one of that name; for another name, ValueError lists the known."""
+    if isinstance(attribute, Attribute):
+        return attribute
+    if attribute not in ATTRIBUTES:
+        raise ValueError(
+            f"unknown attribute {attribute!r}; known: {', '.join(ATTRIBUTES)}; another one is given as "
+            'escd.Attribute(name, word="a word of the vocabulary", token="*x", part="decoder")'
+        )
+    return ATTRIBUTES[attribute]
+
+
+@dataclass
+class Customization:
+    """One attribute of one image, learned on one backbone: a pseudo-word's embedding, and dW of a part."""
+
+    attribute: Attribute
+    pseudo_word: Tensor  # (D,), the embedding v
+    delta: dict[str, Tensor]  # parameter name in the UNet -> W - W0
+    part: str
+    backbone_identity: str
+    backbone_name: str
+    steps: int
+    seed: int
+    config: dict = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, which is the size of the file but for its header."""
+        return sum(w.numel() * w.element_size() for w in (self.pseudo_word, *self.delta.values()))
+
+    def __repr__(self) -> str:
+        return (
+            f"Customization({self.attribute.name} as {self.attribute.token}, part {self.part}, "
+            f"{self.steps} steps, seed {self.seed}, {self.nbytes / 2**20:.1f} MB, "
+            f"for {self.backbone_name} {self.backbone_identity})"
+        )
+
+    def embedding(self, word_embedding: Tensor, strength: float) -> Tensor:
+        """The pseudo-word's embedding e + s (v - e) (D,) at strength s; at 0 it is e, to the bit."""
+        v = self.pseudo_word.to(word_embedding)
+        return word_embedding + strength * (v - word_embedding)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the customization, exactly as it is, to `path`, which is replaced at once or not at all."""
+        path = Path(path)
+        about = {name: getattr(self, name) for name in _ABOUT} | {"attribute": asdict(self.attribute)}
+        tensors = {"pseudo_word": self.pseudo_word} | {f"delta.{name}": w for name, w in self.delta.items()}
+        tensors = {name: w.detach().to("cpu").contiguous() for name, w in tensors.items()}
+        unfinished = path.with_name(path.name + ".part")
+        save_file(tensors, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
+        os.replace(unfinished, path)
+        return path
+
+
+_ABOUT = ("part", "backbone_identity", "backbone_name", "steps", "seed", "config", "losses")
+
+
+def load_customization(path: str | Path, backbone: Backbone) -> Customization:
+    """Read a customization made for `backbone`.
+
+    Raises FileNotFoundError, and ValueError for a file that is cut short or no customization, and for one
+    that was made for another backbone.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no customization at {path}")
+    with open_safetensors(path) as stored:
+        metadata = stored.metadata() or {}
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a customization: its format is not {FORMAT}")
+    about = json.loads(metadata["about"])
+    customization = Customization(
+        attribute=Attribute(**about.pop("attribute")),
+        pseudo_word=tensors.pop("pseudo_word"),
+        delta={name.removeprefix("delta."): w for name, w in tensors.items()},
+        **about,
+    )
+    require_fit(customization, backbone)
+    return customization
+
+
+def require_fit(customization: Customization, backbone: Backbone) -> None:
+    """Raise ValueError when `customization` was not made for `backbone`."""
+    if customization.backbone_identity != backbone.identity:
+        raise ValueError(
+            f"this {customization.attribute.name} was customized on the backbone "
+            f"{customization.backbone_name} ({customization.backbone_identity}), "
+            f"not on {backbone.name} ({backbone.identity})"
+        )
+    if not customization.delta:
+        return  # the pseudo-word alone
+    parameters = parameters_of(backbone.unet, customization.part)
+    for name, w in customization.delta.items():
+        if name not in parameters or parameters[name].shape != w.shape:
+            raise ValueError(
+                f"the customization changes {name} {tuple(w.shape)}, which {customization.part} has not"
+            )
+
+
+@contextmanager
+def customized(unet: nn.Module, changes: Iterable[tuple[Customization, float]]) -> Iterator[None]:
+    """While open, the weights of `unet` are W0 + sum of s dW over `changes`, pairs (customization, s).
+
+    The original tensors are put aside and put back, whatever happens meanwhile; they are never written to.
+    Not for two threads at once.
+    """
+    total: dict[str, Tensor] = {}
+    for customization, strength in changes:
+        if strength == 0:
+            continue
+        for name, dw in customization.delta.items():
+            step = strength * dw.float()
+            total[name] = total[name] + step if name in total else step
+    parameters = {name: p for name, p in unet.named_parameters() if name in total}
+    originals = {name: p.data for name, p in parameters.items()}
+    try:
+        for name, p in parameters.items():
+            w0 = originals[name]
+            p.data = (w0.float() + total[name].to(w0.device)).to(w0.dtype)
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.data = originals[name].to(p.device)  # offloading may have moved the network since

@@ -1,0 +1,90 @@
+"""Stage 2, multi-modal embedding fusion: ``embeds_ref`` and a sub-attribute word to a pseudo-word (paper,
+Eq. 5)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from .encoder import GRIDS, extract_features, feature_widths
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+    from .customization import Attribute
+
+
+class AttributeFilter(ModelMixin, ConfigMixin):
+    """The shape filter and the appearance filter are two of these: one architecture, two sets of weights.
+
+    cls_width, down_width: lengths of the two parts of embeds_ref; word_width: length of a word embedding;
+    hidden: width inside. ``forward(embeds_ref, word_embedding)`` gives the pseudo-word's embedding. A new
+    filter gives the word's own embedding, because its last layer starts at zero: customisation can start
+    from it anywhere.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        cls_width: int,
+        down_width: int,
+        word_width: int,
+        hidden: int = 160,
+        grids: tuple[int, ...] = GRIDS,
+    ) -> None:
+        super().__init__()
+        self.project_cls = nn.Sequential(nn.LayerNorm(cls_width), nn.Linear(cls_width, hidden))
+        self.project_down = nn.Sequential(
+            nn.LayerNorm(down_width), nn.Linear(down_width, hidden), nn.LeakyReLU(), nn.Linear(hidden, hidden)
+        )
+        self.project_word = nn.Sequential(nn.LayerNorm(word_width), nn.Linear(word_width, hidden))
+        self.fuse = nn.Sequential(
+            nn.Linear(3 * hidden, 2 * hidden),
+            nn.LeakyReLU(),
+            nn.Linear(2 * hidden, 2 * hidden),
+            nn.LeakyReLU(),
+            nn.Linear(2 * hidden, word_width),
+        )
+        nn.init.zeros_(self.fuse[-1].weight)
+        nn.init.zeros_(self.fuse[-1].bias)
+
+    @classmethod
+    def for_backbone(
+        cls, backbone: Backbone, hidden: int = 160, grids: tuple[int, ...] = GRIDS
+    ) -> AttributeFilter:
+        """A new filter of the widths this backbone needs."""
+        cls_width, down_width = feature_widths(backbone, grids)
+        return cls(cls_width, down_width, backbone.text_encoder.config.hidden_size, hidden, grids)
+
+    def forward(self, embeds_ref: Tensor, word_embedding: Tensor) -> Tensor:
+        """Pseudo-word embeddings (B, D) from embeds_ref (B, W) and the word's embedding e (D,): Eq. 5."""
+        if embeds_ref.shape[-1] != self.config.cls_width + self.config.down_width:
+            raise ValueError(
+                f"embeds_ref is {embeds_ref.shape[-1]} wide; this filter reads "
+                f"{self.config.cls_width} + {self.config.down_width}"
+            )
+        cls, down = embeds_ref.to(self.dtype).split([self.config.cls_width, self.config.down_width], -1)
+        word = word_embedding.to(self.dtype).expand(len(embeds_ref), -1)  # (B, D)
+        merged = torch.cat(
+            [self.project_cls(cls), self.project_down(down), self.project_word(word)], -1
+        )  # (B, 3H)
+        # Eq. 5: v = e + f([embeds_ref; e])
+        return word + self.fuse(merged)
+
+
+@torch.no_grad()
+def pseudo_word(backbone: Backbone, images: Tensor, attribute: Attribute, *, seed: int = 0) -> Tensor:
+    """Initial embeddings (B, D) of the attribute's pseudo-word for reference images (B, 3, H, W) in [-1, 1].
+
+    A backbone that ships no filter for the attribute gives the word's own embedding, as an untrained filter
+    would. Raises ValueError when the attribute's word is not a single token.
+    """
+    word = backbone.word_embedding(attribute.word)
+    attribute_filter = backbone.filters.get(attribute.name)
+    if attribute_filter is None:
+        return word.expand(len(images), -1)
+    embeds_ref = extract_features(backbone, images, seed=seed, grids=tuple(attribute_filter.config.grids))
+    return attribute_filter(embeds_ref, word)

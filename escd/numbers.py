@@ -1,0 +1,465 @@
+"""What the records say: the numbers of the README, the paper and the tables, and whether they come out again.
+
+No result is typed by hand. `numbers` gives each a key and a rounded text; `write_numbers` puts them into
+README.md and `paper/numbers.tex`; `run_again` runs some of the records once more and compares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from . import backbone as backbones
+from . import records
+from .customization import ATTRIBUTES, Customization
+from .measure import Interval, paired_bootstrap
+from .records import Record
+from .references import Reference, load_references
+from .study import (
+    AutoencoderConfig,
+    Row,
+    Study,
+    StudyConfig,
+    backbone_configs,
+    configs,
+    table,
+)
+from .tuning import TuningConfig, customize
+
+README = records.ROOT / "README.md"
+NUMBERS = records.ROOT / "paper" / "numbers.tex"
+BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
+ARMS = {
+    "floor": "untouched backbone",
+    "word": "pseudo-word only",
+    "encoder": "encoder tuned",
+    "decoder": "decoder tuned",
+    "all": "whole UNet tuned",
+    "ceiling": "autoencoder",
+}
+REPEATS, REPEAT_SECONDS = 2, 60.0
+
+
+class FreshStudy(Study):
+    """A study that learns every part anew: what an earlier run left behind proves nothing."""
+
+    def learn(
+        self, attribute: str, reference: Reference, tuning: TuningConfig, backbone: str = "mini"
+    ) -> Customization:
+        return customize(reference.image, attribute, self.backbone(backbone), config=tuning, progress=False)
+
+
+@cache
+def study() -> Study:
+    """The study on the CPU, where its bits can be had again."""
+    return Study(device="cpu")
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """What it costs to learn one attribute of one reference on one CPU thread."""
+
+    tuning: TuningConfig
+    reference: str
+    list: str = "development"
+    backbone: str = "mini"
+
+
+def cost(config: CostConfig) -> dict[str, float]:
+    """Seconds of one tuning on one CPU thread, and the size of what it leaves."""
+    image = load_references(which=config.list)[config.reference].image
+    backbone = study().backbone(config.backbone)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        start = time.perf_counter()
+        learnt = customize(image, config.tuning.attribute, backbone, config=config.tuning, progress=False)
+        seconds = time.perf_counter() - start
+    finally:
+        torch.set_num_threads(threads)
+    return {"steps": learnt.steps, "seconds": seconds, "megabytes": learnt.nbytes / 1e6}
+
+
+# --------------------------------------------------------------------------------
+# results
+
+
+@dataclass(frozen=True)
+class Results:
+    """The study's table, by mode and arm, and the records it is made from."""
+
+    rows: dict[str, dict[str, Row]]
+    references: int  # for which every arm is stored
+    used: tuple[Record, ...]
+
+
+def current(config: Any) -> Record:
+    """The stored record of a config, made from the inputs that are here now; KeyError where there is none."""
+    return records.get(config, inputs=study().inputs(config))
+
+
+def results(which: str = "evaluation") -> Results:
+    """The study of a bundled list, over the references whose every arm is stored; KeyError where none is."""
+    return _results(which, _fingerprint())
+
+
+@cache
+def _results(which: str, _state: str) -> Results:
+    found = {record.key: record for kind in ("study", "composition") for record in records.all(kind)}
+    groups: dict[tuple[type, str], list[Record | None]] = defaultdict(list)
+    inputs: dict[type, dict[str, str]] = {}
+    for config in configs(study().references(which)):
+        kind = type(config)
+        if kind not in inputs:
+            inputs[kind] = study().inputs(config)
+        record = found.get(records.key_of(config))
+        name = config.reference if kind is StudyConfig else config.shape
+        groups[kind, name].append(record if record is not None and record.inputs == inputs[kind] else None)
+    whole = {group: runs for group, runs in groups.items() if None not in runs}
+    references = sum(kind is StudyConfig for kind, _ in whole)
+    if not references:
+        raise KeyError(f"figures/records has no reference of the {which} list in full: `make study` makes it")
+    used = tuple(record for runs in whole.values() for record in runs)
+    return Results(table(used), references, used)
+
+
+def _fingerprint() -> str:
+    files = [records.FOLDER / f"{kind}.jsonl" for kind in ("study", "composition")]
+    return "".join(records.sha256(file) for file in files if file.exists())
+
+
+def results_table(which: str = "evaluation") -> str:
+    """The study as two Markdown tables: transfer, obedience and leakage of each part, and composition."""
+    found = results(which)
+    lines = []
+    for mode, wanted in (("shape", "IoU"), ("appearance", "distance")):
+        other = "texture" if mode == "shape" else "shape"
+        asked = list(found.rows[mode]["floor"].obeyed)
+        lines += [
+            f"| {mode} | {wanted} | retrieved | {' | '.join(asked)} | leakage of {other} (95 %) |",
+            "|---|" + "--:|" * (len(asked) + 3),
+        ]
+        for arm, row in _arms(found, mode):
+            cells = [_decimals(row.transfer.get(wanted.lower())), _share(row.transfer["retrieval"])]
+            cells += [_share(row.obeyed[name]) for name in asked]
+            cells.append(_interval(row.leakage))
+            lines.append(f"| {ARMS[arm]} | " + " | ".join(cells) + " |")
+        lines.append("")
+    if "composition" in found.rows:
+        lines += ["| both in one pass | silhouette | material | both |", "|---|--:|--:|--:|"]
+        names = {
+            "floor": "untouched backbone",
+            "ours": "shape in the encoder, appearance in the decoder",
+            "reversed": "the other way round",
+            "ceiling": "autoencoder",
+        }
+        for arm, name in names.items():
+            got = found.rows["composition"][arm].transfer
+            lines.append(
+                f"| {name} | " + " | ".join(_share(got[k]) for k in ("silhouette", "material", "both")) + " |"
+            )
+    return "\n".join(lines).rstrip("\n")
+
+
+def contrast(attribute: str, one: str, other: str, which: str = "evaluation") -> dict[str, Interval]:
+    """What tuning part `one` gives beyond tuning part `other`, picture by picture, with 95 % intervals.
+
+    `transfer`: is the wanted attribute retrieved; `leakage`: similarity of the unwanted one. A picture
+    without a foreground counts as a miss and as a leak; whole references are resampled.
+    """
+    scores = {"shape": ("silhouette", "texture_similarity"), "appearance": ("material", "iou")}
+    wanted, unwanted = scores[attribute]
+    by_arm: dict[str, dict[str, dict]] = {one: {}, other: {}}
+    for record in results(which).used:
+        if record.kind == "study" and record.config["attribute"] == attribute:
+            arm = records.config_of(record, StudyConfig).arm
+            if arm in by_arm:
+                by_arm[arm][record.config["reference"]] = record.metrics
+    names = sorted(by_arm[one])
+    groups = [name for name in names for _ in by_arm[one][name]["failed"]]
+
+    def gathered(arm: str, score: str, missing: float) -> list[float]:
+        values = [value for name in names for value in by_arm[arm][name][score]]
+        return [missing if value is None else float(value) for value in values]
+
+    return {
+        what: paired_bootstrap(gathered(one, score, missing), gathered(other, score, missing), groups=groups)
+        for what, score, missing in (("transfer", wanted, 0.0), ("leakage", unwanted, 1.0))
+    }
+
+
+def experiments(attribute: str, which: str = "development") -> list[tuple[TuningConfig, int, Row]]:
+    """What was tried on a list's references: each way of tuning, on how many references, and its scores."""
+    runs: dict[TuningConfig, list[Record]] = defaultdict(list)
+    floors: dict[str, Record] = {}
+    for record in records.all("study"):
+        if record.config["attribute"] != attribute or record.config["list"] != which:
+            continue
+        config = records.config_of(record, StudyConfig)
+        if record.inputs != study().inputs(config):  # tried on other weights than these
+            continue
+        if config.kind == "floor":
+            floors[config.reference] = record
+        elif config.kind == "customized":
+            runs[config.tuning].append(record)
+    tried = []
+    for tuning, made in runs.items():
+        beside = [floors[record.config["reference"]] for record in made]
+        rows = table([*made, *beside])[attribute]
+        (arm,) = rows.keys() - {"floor"}
+        tried.append((tuning, len(made), rows[arm]))
+    return tried
+
+
+def _arms(found: Results, mode: str) -> list[tuple[str, Row]]:
+    return [(arm, found.rows[mode][arm]) for arm in ARMS if arm in found.rows[mode]]
+
+
+def _decimals(value: float | None) -> str:
+    return "--" if value is None else f"{value:.2f}"
+
+
+def _share(value: float | None) -> str:
+    return "--" if value is None else f"{100 * value:.0f} %"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-0.00", "+0.00")
+
+
+def _interval(leakage: Interval | None) -> str:
+    if leakage is None:
+        return "--"
+    return f"{_signed(leakage.mean)} [{_signed(leakage.low)}, {_signed(leakage.high)}]"
+
+
+# --------------------------------------------------------------------------------
+# numbers by name
+
+
+def training(backbone: str = "mini") -> dict[str, dict]:
+    """The account of how a shipped backbone was trained: stage -> configuration, cost, scores, loss curve."""
+    account = json.loads((backbones.MODELS[backbone].folder / "training.json").read_text())
+    return {stage: account[stage] for stage in ("autoencoder", "towers", "unet", "filters")}
+
+
+def numbers() -> dict[str, str]:
+    """Every number of the README and the paper: key -> text, rounded as it is to be read.
+
+    Shares are percentages without the sign; what is undefined is "--". KeyError where a record is missing.
+    """
+    folder = backbones.MODELS["mini"].folder
+    weights = sorted(folder.rglob("*.safetensors"))
+    found = results()
+    autoencoders, (judges, obedience) = _backbone_records()
+    values = {
+        "backbone.images_seen": f"{training()['unet']['images']:,}",
+        "backbone.parameters_m": f"{sum(_parameters(path) for path in weights) / 1e6:.1f}",
+        "backbone.mb": f"{sum(path.stat().st_size for path in weights) / 1e6:.0f}",
+        # of the head that is right least often
+        "backbone.judge_accuracy": f"{100 * min(judges.metrics.values()):.1f}",
+        "obedience.prompts": str(obedience.config["prompts"]),
+    }
+    for name, key in (("background",) * 2, ("colours", "colour"), ("pattern",) * 2, ("shape",) * 2):
+        values[f"obedience.{key}"] = _percent(obedience.metrics[name])
+    for record in autoencoders:
+        key = f"autoencoder.{record.config['images']}"
+        values[f"{key}.psnr"] = f"{record.metrics['psnr']:.1f}"
+        values[f"{key}.pca"] = f"{record.metrics['pca_psnr']:.1f}"
+        values[f"{key}.detail"] = _percent(record.metrics["detail"])
+    for mode in ("shape", "appearance"):
+        for arm, row in _arms(found, mode):
+            values |= {f"{mode}.{arm}.{name}": text for name, text in _row_numbers(mode, row).items()}
+    for arm, row in found.rows.get("composition", {}).items():
+        values |= {
+            f"composition.{arm}.{k}": _percent(row.transfer[k]) for k in ("silhouette", "material", "both")
+        }
+    one = next(record for record in found.used if record.kind == "study")
+    values |= {
+        "study.references": str(found.references),
+        "study.prompts": str(len(one.metrics["prompts"])),
+        "study.sampler_steps": str(one.config["sampler_steps"]),
+        "study.guidance": f"{one.config['guidance_scale']:g}",
+    }
+    for record in cost_records():
+        key = f"tuning.{record.config['tuning']['attribute']}"
+        values[f"{key}.steps"] = str(record.metrics["steps"])
+        values[f"{key}.seconds"] = f"{record.metrics['seconds']:.0f}"
+        values[f"{key}.mb"] = f"{record.metrics['megabytes']:.1f}"
+    return values
+
+
+def cost_records() -> list[Record]:
+    """What each attribute costs with its defaults; measured where that is not stored."""
+    first = load_references(which="development")[0].id
+    runs = [CostConfig(TuningConfig.of(attribute), first) for attribute in ATTRIBUTES]
+    return [records.get(run, cost, inputs=weights_of(run.backbone), device="cpu") for run in runs]
+
+
+@cache
+def weights_of(backbone: str) -> dict[str, str]:
+    """sha256 of a shipped backbone's files, as a record's inputs have it."""
+    return {f"backbone {backbone}": records.sha256(backbones.MODELS[backbone].folder)}
+
+
+def _backbone_records() -> tuple[list[Record], list[Record]]:
+    """Records of the autoencoder's three sets; of the judges and of obedience."""
+    found = [(config, current(config)) for config in backbone_configs()]
+    of_sets = [record for config, record in found if isinstance(config, AutoencoderConfig)]
+    return of_sets, [record for config, record in found if not isinstance(config, AutoencoderConfig)]
+
+
+def _row_numbers(mode: str, row: Row) -> dict[str, str]:
+    name = "iou" if mode == "shape" else "distance"
+    texts = {name: _decimals(row.transfer.get(name)), "retrieval": _percent(row.transfer["retrieval"])}
+    texts |= {key.replace("colours", "colour"): _percent(value) for key, value in row.obeyed.items()}
+    if row.leakage is not None:
+        ends = {"": row.leakage.mean, "_low": row.leakage.low, "_high": row.leakage.high}
+        texts |= {f"leakage{end}": _signed(value) for end, value in ends.items()}
+    return texts
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}"
+
+
+def _parameters(path: Path) -> int:
+    with safe_open(path, "pt") as stored:
+        return sum(math.prod(stored.get_slice(name).get_shape()) for name in stored.keys())
+
+
+# --------------------------------------------------------------------------------
+# where they are written
+
+
+def write_numbers(readme: Path = README, macros: Path = NUMBERS) -> None:
+    """Put the numbers between the README's marks, and as macros into the paper's folder.
+
+    Raises ValueError when the README lacks its marks.
+    """
+    values = numbers()
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{readme.name} has no {BEGIN} ... {END} to put the numbers between")
+    readme.write_text(before + BEGIN + "\n" + _summary(values) + "\n" + END + after)
+    lines = ["% Written by `python -m escd.draw` from figures/records: do not edit."]
+    lines += [rf"\escddef{{{key}}}{{{value}}}" for key, value in sorted(values.items())]
+    macros.write_text("\n".join(lines) + "\n")
+
+
+def _summary(values: Mapping[str, str]) -> str:
+    """The README's block."""
+    v = values
+    sets = ("world", "photographs", "tiles")
+    lines = [
+        f"`mini` has {v['backbone.parameters_m']} M parameters in {v['backbone.mb']} MB; its UNet has seen "
+        f"{v['backbone.images_seen']} rendered images.",
+        "",
+        "| autoencoder, held-out images | " + " | ".join(sets) + " |",
+        "|---|" + "--:|" * 3,
+        "| PSNR | " + " | ".join(f"{v[f'autoencoder.{name}.psnr']} dB" for name in sets) + " |",
+        "| linear code (PCA) of the same rate | "
+        + " | ".join(f"{v[f'autoencoder.{n}.pca']} dB" for n in sets)
+        + " |",
+        "| high-frequency energy kept | "
+        + " | ".join(f"{v[f'autoencoder.{n}.detail']} %" for n in sets)
+        + " |",
+        "",
+        f"Of {v['obedience.prompts']} fresh prompts, one image each, the judges (right on at least "
+        f"{v['backbone.judge_accuracy']} % of held-out renders after the autoencoder) find the background "
+        f"obeyed in {v['obedience.background']} %, the colours in {v['obedience.colour']} %, the pattern in "
+        f"{v['obedience.pattern']} % and the shape in {v['obedience.shape']} %.",
+        "",
+        f"One reference image, {v['study.references']} references, {v['study.prompts']} prompts each, "
+        f"{v['study.sampler_steps']} DDIM steps, guidance {v['study.guidance']}:",
+        "",
+        results_table(),
+        "",
+        f"Learning takes {v['tuning.shape.steps']} steps for a shape ({v['tuning.shape.seconds']} s on one "
+        f"CPU thread, {v['tuning.shape.mb']} MB) and {v['tuning.appearance.steps']} for an appearance "
+        f"({v['tuning.appearance.seconds']} s, {v['tuning.appearance.mb']} MB).",
+    ]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------
+# again
+
+
+def repeatable(found: Sequence[Record], count: int = REPEATS) -> list[Record]:
+    """At most `count` records that any clone can run again in a minute each; the commit says which."""
+    cheap = [r for r in found if r.kind == "study" and r.device == "cpu" and r.seconds <= REPEAT_SECONDS]
+    turn = records.commit() or ""
+    return sorted(cheap, key=lambda r: hashlib.sha256(f"{turn}{r.key}".encode()).hexdigest())[:count]
+
+
+def run_again(
+    found: Sequence[Record],
+    everything: Sequence[Record],
+    score: Callable[[Any], Mapping[str, Any]] | None = None,
+) -> list[str]:
+    """Run records again; what differs, one line each, none if they come out the same.
+
+    Where machine, instruction set, threads and versions are the record's, to the bit. Elsewhere each score's
+    mean over a run's pictures may differ by three standard errors of such a mean, taken from the spread over
+    pictures (each has a prompt and a seed of its own) within the runs of `everything`.
+    """
+    score = score or FreshStudy(device="cpu").score
+    lines = []
+    threads = torch.get_num_threads()
+    for record in found:
+        torch.set_num_threads(record.threads)  # the number of threads decides the order of sums
+        try:
+            fresh = score(records.config_of(record, StudyConfig))
+            same = records.same_platform(record, "cpu")
+        finally:
+            torch.set_num_threads(threads)
+        if same:
+            differing = records.differences(record, fresh)
+        else:
+            means = dataclasses.replace(record, metrics=_means(record.metrics))
+            differing = records.differences(means, _means(fresh), _bounds(record, everything))
+        name = f"{record.config['attribute']} of {record.config['reference']}, {record.key[:8]}"
+        verdict = "differs" if differing else "the same bits" if same else "within its bounds"
+        print(f"{name}: {verdict}")
+        lines += [f"{name}: {line}" for line in differing]
+    return lines
+
+
+def _means(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """The mean of each score over a run's pictures; None where no picture has it."""
+    numbers_of = {
+        name: [float(v) for v in values if v is not None]
+        for name, values in metrics.items()
+        if isinstance(values, list) and not any(isinstance(v, str) for v in values)
+    }
+    return {name: float(np.mean(values)) if values else None for name, values in numbers_of.items()}
+
+
+def _bounds(record: Record, everything: Sequence[Record]) -> dict[str, float]:
+    """Three standard errors of each score's mean over a run's pictures."""
+    alike = [
+        r for r in everything if r.kind == record.kind and r.config["attribute"] == record.config["attribute"]
+    ]
+    bounds = {}
+    for name in _means(record.metrics):
+        runs = [[float(v) for v in r.metrics[name] if v is not None] for r in alike if name in r.metrics]
+        runs = [run for run in runs if len(run) > 1]
+        if runs:
+            variance = float(np.mean([np.var(run, ddof=1) for run in runs]))
+            bounds[name] = 3 * math.sqrt(variance / len(record.metrics[name]))
+    return bounds

@@ -1,0 +1,249 @@
+"""The one training loop of every pretraining stage: resumable, distributed, logged, averaged."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+
+RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "pretrain"
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how fast one stage learns."""
+
+    # Pictures seen in all; the learning rate decays to zero at this number, so a resumed run may raise it.
+    images: int
+    # Pictures a step, over all processes.
+    batch_size: int
+    learning_rate: float
+    # Share of the images over which the learning rate rises, and over which it falls linearly to zero at the
+    # end.
+    warmup: float = 0.02
+    decay: float = 0.5
+    weight_decay: float = 0.01
+    # The averaged model follows with rate (1 + step) ** -0.75, at most this.
+    ema_decay: float = 0.9995
+    seed: int = 0
+
+    def rate(self, images: int) -> float:
+        """The learning rate after so many images: linear warm-up, plateau, linear decay."""
+        done = images / self.images
+        return self.learning_rate * max(1e-3, min(1.0, done / self.warmup + 1e-3, (1 - done) / self.decay))
+
+
+class Stage(Protocol):
+    """What a pretraining stage gives the loop."""
+
+    name: str
+    loop: LoopConfig
+    module: (
+        nn.Module
+    )  # module(batch) -> (loss, {name: scalar tensor}); only its parameters that require a gradient learn
+
+    def batch(self, first: int, count: int) -> Any:
+        """The training pictures first ... first + count - 1, ready for `module`."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores of the averaged model on a fixed held-out set."""
+
+    def grid(self, path: Path) -> None:
+        """A fixed grid of samples, to look at."""
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights in the layout that `escd.load_backbone` reads."""
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What a training record says of the machine: device, processes, threads, versions."""
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": accelerator.mixed_precision,
+    }
+
+
+def train(
+    make: Callable[[torch.device], Stage],
+    *,
+    weights: Path,
+    checkpoint_seconds: float = 120.0,
+    evaluations: int = 6,
+    images: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train one stage to its number of images and export it; picks up where a killed run left off.
+
+    The state (model, average, optimiser, curve) lies in ``runs/pretrain/<stage>/state.pt`` and is replaced
+    atomically every `checkpoint_seconds`; at `evaluations` points along the way, and at the end, the averaged
+    model is scored, its grid drawn and the training record rewritten. Returns the record.
+    """
+    accelerator = Accelerator(mixed_precision="bf16")
+    stage = make(accelerator.device)
+    config = stage.loop if images is None else replace(stage.loop, images=images)
+    folder = RUNS / stage.name
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed + accelerator.process_index)
+
+    parameters = [p for p in stage.module.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim > 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.99), fused=True
+    )
+    ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    seen, seconds, curve, scores = 0, 0.0, [], []
+
+    path = folder / "state.pt"
+    if path.exists():
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        learnt = dict(stage.module.named_parameters())
+        for name, value in state["parameters"].items():
+            learnt[name].data.copy_(value)
+        stage.module.load_state_dict(state["buffers"], strict=False)
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        seen, seconds, curve, scores = state["seen"], state["seconds"], state["curve"], state["scores"]
+        accelerator.print(f"{stage.name}: resumed at {seen} images")
+
+    model, optimizer = accelerator.prepare(stage.module, optimizer)
+    share = config.batch_size // accelerator.num_processes
+    due = [math.ceil(config.images * (k + 1) / evaluations) for k in range(evaluations)]
+    due = [d for d in due if d > seen]
+
+    def save() -> None:
+        if not accelerator.is_main_process:
+            return
+        state = {
+            "parameters": {n: p.detach() for n, p in stage.module.named_parameters() if p.requires_grad},
+            "buffers": dict(stage.module.named_buffers()),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "seen": seen,
+            "seconds": seconds,
+            "curve": curve,
+            "scores": scores,
+        }
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def evaluate() -> None:
+        if not accelerator.is_main_process:
+            return
+        ema.store(parameters)
+        ema.copy_to(parameters)
+        stage.module.eval()
+        try:
+            with torch.no_grad():
+                scores.append({"images": seen, "seconds": round(seconds, 1), **stage.evaluate()})
+                stage.grid(folder / f"{seen:08d}.png")
+                stage.export(weights)
+        finally:
+            stage.module.train()
+            ema.restore(parameters)
+        tqdm.write(f"{stage.name}: " + json.dumps(scores[-1]))
+
+    bar = tqdm(
+        total=config.images,
+        initial=seen,
+        unit="img",
+        desc=stage.name,
+        disable=not (progress and accelerator.is_main_process),
+        mininterval=5,
+    )
+    saved = started = time.monotonic()
+    since, running = seconds, None
+    # The math kernel trains about twice as fast as PyTorch's fused CPU attention at these short sequences.
+    kernel = (
+        [SDPBackend.MATH]
+        if accelerator.device.type == "cpu"
+        else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+    with sdpa_kernel(kernel):
+        while seen < config.images:
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(seen)
+            with torch.no_grad():
+                batch = stage.batch(seen + share * accelerator.process_index, share)
+            with accelerator.autocast():
+                loss, logs = model(batch)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.step(parameters)
+            seen += share * accelerator.num_processes
+            seconds = since + time.monotonic() - started
+            bar.update(share * accelerator.num_processes)
+            logs = {"loss": loss.detach(), **logs}
+            running = (
+                logs
+                if running is None
+                else {k: running[k] + 0.05 * (logs[k].detach() - running[k]) for k in logs}
+            )
+            if not curve or seen - curve[-1]["images"] >= config.images / 200:
+                point = {k: round(float(v), 5) for k, v in running.items()}
+                if not math.isfinite(point["loss"]):
+                    raise FloatingPointError(
+                        f"{stage.name}: the loss is {point['loss']} after {seen} images; "
+                        "lower the learning rate"
+                    )
+                curve.append({"images": seen, "seconds": round(seconds, 1), **point})
+                bar.set_postfix(point, refresh=False)
+                if not bar.disable:
+                    (folder / "curve.json").write_text(json.dumps(curve))
+            if due and seen >= due[0]:
+                due = [d for d in due if d > seen]
+                evaluate()
+                save()
+                accelerator.wait_for_everyone()
+            elif time.monotonic() - saved > checkpoint_seconds:
+                saved = time.monotonic()
+                save()
+    bar.close()
+    if not scores or scores[-1]["images"] < seen:
+        evaluate()
+    save()
+    accelerator.wait_for_everyone()
+    record = {
+        "stage": stage.name,
+        "config": asdict(config),
+        "images": seen,
+        "seconds": round(seconds, 1),
+        "environment": environment(accelerator),
+        "scores": scores,
+        "curve": curve,
+    }
+    if accelerator.is_main_process:
+        written = weights / "training.json"
+        records = json.loads(written.read_text()) if written.exists() else {}
+        records[stage.name] = record
+        written.write_text(json.dumps(records, indent=1) + "\n")
+    return record
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (N,) in dB of images in [-1, 1]."""
+    return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp(min=1e-10))

@@ -1,0 +1,179 @@
+"""Stage 3 of pretraining: the UNet of `mini`, epsilon-prediction under the frozen text tower (Eq. 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+from torchvision.utils import save_image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, World, draw_caption
+from .loop import LoopConfig
+from .towers import WIDTH
+
+CAPTION_DROPOUT = 0.1
+SNR_CEILING = 5.0
+# Encoding a picture costs a fifth of a training step on the CPU; each latent is used about this many times,
+# with new noise, a new timestep and a new caption.
+REUSE = {"cpu": 3, "cuda": 1, "mps": 2}
+BANK = 24_576
+
+
+def make_unet() -> UNet2DConditionModel:
+    """SD 1.5's class scaled down: three resolutions (16, 8, 4), cross-attention in every block."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(64, 128, 160),
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=32,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """SD 1.5's noise schedule."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+class DiffusionLoss(nn.Module):
+    """Eq. 2 with min-SNR weights (Hang et al. 2023)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = make_unet()
+        self.scheduler = make_scheduler()
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        x_0, text = batch
+        noise = torch.randn_like(x_0)
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(x_0),), device=x_0.device)
+        x_t = self.scheduler.add_noise(x_0, noise, t)
+        error = (self.unet(x_t, t, text).sample.float() - noise).square().mean((1, 2, 3))
+        snr = compute_snr(self.scheduler, t)
+        weight = snr.clamp(max=SNR_CEILING) / snr
+        return (weight * error).mean(), {"mse": error.mean()}
+
+
+class UNetStage:
+    name = "unet"
+    loop = LoopConfig(
+        images=200_000, batch_size=64, learning_rate=8e-4, warmup=0.03, decay=0.6, ema_decay=0.999
+    )
+
+    def __init__(self, device: torch.device) -> None:
+        from . import __main__ as command
+
+        folder = command.WEIGHTS
+        self.vae = (
+            AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+            .to(device)
+            .eval()
+            .requires_grad_(False)
+        )
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.text = (
+            CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
+            .to(device)
+            .eval()
+            .requires_grad_(False)
+        )
+        torch.manual_seed(13)
+        self.module = DiffusionLoss()
+        self.world, self.device = World(seed=13, device=device), device
+        self.reuse = REUSE[device.type]
+        self.latents: list[Tensor] = []
+        self.captions: list[list[str]] = []
+        self.generator = torch.Generator().manual_seed(13)
+        unseen = World(seed=9013, device=device)
+        b = unseen.batch(range(512))
+        self.fixed = (self._encode(b.image), [c[0] for c in b.captions])
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.vae.encode(images).latent_dist.mode() * self.vae.config.scaling_factor
+
+    def _text(self, captions: list[str]) -> Tensor:
+        ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return self.text(ids.to(self.device))[0].float()
+
+    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        fresh = count if len(self.latents) < 4 * count else max(1, count // self.reuse)
+        index = torch.arange(first, first + fresh)
+        b = self.world.batch(index)
+        self.latents += list(self._encode(b.image))
+        self.captions += b.captions
+        self.latents, self.captions = self.latents[-BANK:], self.captions[-BANK:]
+        new = list(range(len(self.latents) - fresh, len(self.latents)))
+        old = torch.randint(0, len(self.latents), (count - fresh,), generator=self.generator).tolist()
+        u = torch.rand(count, 2, generator=self.generator).tolist()
+        captions = [
+            "" if drop < CAPTION_DROPOUT else draw_caption(self.captions[k], pick)
+            for k, (drop, pick) in zip(new + old, u, strict=True)
+        ]
+        return torch.stack([self.latents[k] for k in new + old]), self._text(captions)
+
+    def evaluate(self) -> dict[str, float]:
+        """The loss on fixed pictures, noise and timesteps: comparable along the run."""
+        x_0, captions = self.fixed
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(x_0.shape, generator=generator).to(x_0)
+        t = torch.linspace(0, 999, len(x_0)).round().long().to(x_0.device)
+        x_t = self.module.scheduler.add_noise(x_0, noise, t)
+        loss = [
+            F.mse_loss(
+                self.module.unet(x_t[k], t[k], self._text([captions[i] for i in k.tolist()])).sample, noise[k]
+            ).item()
+            for k in torch.arange(len(x_0)).split(64)
+        ]
+        return {"mse": round(sum(loss) / len(loss), 5)}
+
+    def sample(
+        self, prompts: list[str], *, steps: int = 25, guidance_scale: float = 4.0, seed: int = 0
+    ) -> Tensor:
+        """Images (N, 3, 64, 64) in [-1, 1]: plain DDIM with classifier-free guidance."""
+        scheduler = make_scheduler()
+        scheduler.set_timesteps(steps)
+        x = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(seed)).to(
+            self.device
+        )
+        text = self._text(prompts + [""] * len(prompts))
+        for t in scheduler.timesteps:
+            conditional, unconditional = self.module.unet(torch.cat([x, x]), t, text).sample.chunk(2)
+            x = scheduler.step(
+                unconditional + guidance_scale * (conditional - unconditional), t, x
+            ).prev_sample
+        return self.vae.decode(x / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    def grid(self, path: Path) -> None:
+        prompts = [
+            f"a {SHAPES[k % 12]} shape with {PATTERNS[k % 6]} {COLOURS[k % 8]}"
+            f"{'' if k % 6 == 0 else ' and ' + COLOURS[(k + 3) % 8]} appearance "
+            f"on a {BACKGROUNDS[k // 12 % 4]} background"
+            for k in range(48)
+        ]
+        save_image(self.sample(prompts) * 0.5 + 0.5, path, nrow=12)
+
+    def export(self, folder: Path) -> None:
+        unet = make_unet()
+        unet.load_state_dict(self.module.unet.state_dict())
+        unet.half().save_pretrained(folder / "unet")
+        make_scheduler().save_pretrained(folder / "scheduler")

@@ -1,0 +1,845 @@
+"""The probing study: what each part of the UNet takes from one image, and what it should not have taken.
+
+One run tunes one part on one reference, draws a picture for each of four prompts that ask for something
+*else*, and scores them (paper, section "Protocol"): is the wanted attribute there, was the rest of the
+prompt obeyed, did the unwanted attribute leak? Every run is one frozen config and one record; `python -m
+escd.study` makes those that are missing, under `accelerate launch` spread over the workers, and `table`
+reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import skimage
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import backbone as backbones
+from . import measure, records, world
+from .backbone import Backbone, load_backbone
+from .customization import ATTRIBUTES, Customization, load_customization
+from .judges import WEIGHTS, Judgement, Judges, accuracies, load_judges, obeyed, targets_of
+from .measure import Interval, paired_bootstrap
+from .pipeline import ESCDPipeline
+from .references import (
+    LISTS,
+    Reference,
+    References,
+    compose_reference,
+    load_references,
+    named_outlines,
+)
+from .tuning import NO_PART, TuningConfig, customize
+from .world import BACKGROUNDS, COLOUR_RGB, COLOURS, PATTERNS, SHAPES, SIZE
+
+RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "study"  # what was learnt, so that no part is tuned twice
+PROMPTS = 4  # prompts a reference, one picture each
+NEAR_COLOUR = 30.0  # CIELAB: a named colour this near to a tenth of a material is not another colour
+NEAR_SHAPE = 0.7  # aligned IoU: a named shape this like a silhouette is not another shape
+BATCH = 16  # pictures generated at once; bits are promised at equal batch shape
+Kind = Literal["floor", "customized", "ceiling"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# runs
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """One attribute of one reference: tuned, or the floor or the ceiling of the same prompts."""
+
+    # "shape" or "appearance".
+    attribute: str
+    # Id of the reference in its list.
+    reference: str
+    # "floor": the untouched backbone; "ceiling": the autoencoder's reconstruction of a right answer.
+    kind: Kind
+    # How it was learnt; None for floor and ceiling.
+    tuning: TuningConfig | None = None
+    # Which list the reference and its candidates are from: "evaluation", "development" or "folder".
+    list: str = "evaluation"
+    backbone: str = "mini"
+    # First seed of the pictures' noise.
+    seed: int = 0
+    sampler_steps: int = 25
+    guidance_scale: float = 4.0
+
+    @property
+    def arm(self) -> str:
+        """What the tables call it: "floor", "word" (the pseudo-word at zero steps), a part, or "ceiling"."""
+        return _arm(self.kind, self.tuning)
+
+
+@dataclass(frozen=True)
+class CompositionConfig:
+    """The shape of one reference with the appearance of another, in one pass a step."""
+
+    shape: str
+    appearance: str
+    kind: Kind
+    shape_tuning: TuningConfig | None = None
+    appearance_tuning: TuningConfig | None = None
+    list: str = "evaluation"
+    backbone: str = "mini"
+    seed: int = 0
+    sampler_steps: int = 25
+    guidance_scale: float = 4.0
+
+    @property
+    def arm(self) -> str:
+        """Floor, ceiling, "ours" (shape: encoder, appearance: decoder), "reversed", or the parts by name."""
+        arms = _arm(self.kind, self.shape_tuning), _arm(self.kind, self.appearance_tuning)
+        named = {("encoder", "decoder"): "ours", ("decoder", "encoder"): "reversed"}
+        return named.get(arms, arms[0] if arms[0] == arms[1] else " x ".join(arms))
+
+
+@dataclass(frozen=True)
+class ObedienceConfig:
+    """Fresh prompts with named attributes, one picture each, judged."""
+
+    prompts: int = 512
+    backbone: str = "mini"
+    seed: int = 0
+    sampler_steps: int = 25
+    guidance_scale: float = 4.0
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Reconstruction of pictures the autoencoder never saw, beside a linear code of the same rate."""
+
+    # "world", "photographs" or "tiles".
+    images: str
+    backbone: str = "mini"
+
+
+@dataclass(frozen=True)
+class JudgesConfig:
+    """What share of held-out pictures the judges judge right after the autoencoder."""
+
+    pictures: int = 4096
+    split: str = "train"  # the families the judges learnt, other pictures; "heldout": families they never saw
+    backbone: str = "mini"
+
+
+def _arm(kind: str, tuning: TuningConfig | None) -> str:
+    if kind != "customized":
+        return kind
+    if tuning is None:
+        raise ValueError("a customized run says how it was tuned")
+    return "word" if tuning.part == NO_PART and tuning.steps == 0 else tuning.part
+
+
+# ------------------------------------------------------------------------------------------------------------
+# prompts
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one prompt asks for; None where it does not say, or where a pseudo-word stands."""
+
+    text: str
+    background: str
+    shape: str | None = None
+    pattern: str | None = None
+    colours: tuple[str, ...] | None = None
+
+
+def prompts_for(reference: Reference, attribute: str, count: int = PROMPTS) -> list[Asked]:
+    """Prompts that ask for other named attributes than the reference has, drawn from its id alone.
+
+    shape: "a *m shape with PATTERN COLOURS appearance on a BACKGROUND background"; appearance: "a SHAPE
+    shape with *a appearance on a BACKGROUND background". Colours near a tenth of the material, shapes like
+    the silhouette and the reference's own background are not asked for; patterns, shapes and backgrounds
+    repeat only when all of them have been asked for.
+    """
+    draw = _generator(f"{reference.id} {attribute}")
+    grounds = _cycle(draw, [name for name in BACKGROUNDS if name != reference.background], count)
+    if attribute == "shape":
+        patterns, allowed = _cycle(draw, PATTERNS, count), other_colours(reference.material.tile)
+        asked = []
+        for pattern, ground in zip(patterns, grounds, strict=True):
+            colours = tuple(_cycle(draw, allowed, 1 if pattern == "solid" else 2))
+            look = f"{pattern} {' and '.join(colours)}"
+            text = f"a *m shape with {look} appearance on a {ground} background"
+            asked.append(Asked(text, ground, pattern=pattern, colours=colours))
+        return asked
+    if attribute == "appearance":
+        shapes = _cycle(draw, other_shapes(reference.mask), count)
+        return [
+            Asked(f"{_article(shape)} shape with *a appearance on a {ground} background", ground, shape=shape)
+            for shape, ground in zip(shapes, grounds, strict=True)
+        ]
+    raise ValueError(f"there are prompts for shape and for appearance, not for {attribute!r}")
+
+
+def prompts_for_pair(shape: Reference, appearance: Reference, count: int = PROMPTS) -> list[Asked]:
+    """Prompts "a *m shape with *a appearance on a BACKGROUND background", a background neither has."""
+    draw = _generator(f"{shape.id} {appearance.id}")
+    taken = (shape.background, appearance.background)
+    grounds = _cycle(draw, [name for name in BACKGROUNDS if name not in taken], count)
+    return [Asked(f"a *m shape with *a appearance on a {ground} background", ground) for ground in grounds]
+
+
+def other_colours(tile: Tensor) -> list[str]:
+    """Named colours farther than NEAR_COLOUR from at least nine tenths of a material (3, H, W)."""
+    lab = measure.to_lab(tile[None] * 2 - 1)[0].reshape(-1, 3)
+    table = torch.tensor([COLOUR_RGB[name] for name in COLOURS])[:, :, None, None]
+    named = measure.to_lab(table * 2 - 1)[:, 0, 0]
+    near = (np.linalg.norm(lab[:, None] - named, axis=-1) < NEAR_COLOUR).mean(0)
+    return [name for name, share in zip(COLOURS, near, strict=True) if share < 0.1]
+
+
+def other_shapes(mask: Tensor) -> list[str]:
+    """Named shapes that a silhouette (H, W) is not like: aligned IoU below NEAR_SHAPE."""
+    like = measure.iou_matrix(mask[None], named_outlines())[0].view(len(SHAPES), -1).amax(1)
+    return [name for name, iou in zip(SHAPES, like.tolist(), strict=True) if iou < NEAR_SHAPE]
+
+
+def _generator(text: str) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
+
+
+def _cycle(draw: np.random.Generator, names: Sequence[str], count: int) -> list[str]:
+    """`count` names in a random order, none a second time before all have come once."""
+    chosen: list[str] = []
+    while len(chosen) < count:
+        chosen += [names[i] for i in draw.permutation(len(names))]
+    return chosen[:count]
+
+
+def _article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# scores
+
+
+SCORES = (
+    "iou", "silhouette", "colour", "texture", "combined", "material", "texture_material", "texture_similarity"
+)  # fmt: skip
+
+
+def score_images(
+    images: Tensor,
+    asked: Sequence[Asked],
+    shape: Reference,
+    appearance: Reference,
+    listed: References,
+    judges: Judges,
+) -> dict[str, list]:
+    """Everything the protocol measures on images (N, 3, H, W) in [-1, 1], one entry an image.
+
+    Against the silhouette of `shape`: aligned `iou`, and whether it is the nearest of the list's candidates
+    (`silhouette`). Against the material of `appearance`: `colour` and `texture` distance, whether it is the
+    nearest of the candidates by both (`material`) and by texture alone (`texture_material`), and
+    `texture_similarity`: 1 at no distance, 0 at that of the other candidates. `obeyed`: what each prompt
+    named. `failed`: no foreground found; the scores of such an image are None, and `table` counts it as a
+    miss and as a leak.
+    """
+    if images.shape[-2:] != (SIZE, SIZE):
+        images = F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
+    masks, failed = measure.foreground_mask(images)
+    ious = measure.iou_matrix(masks.float(), listed.silhouette_masks.float())  # (N, 20)
+    own = listed.silhouettes.index(shape.silhouette), listed.materials.index(appearance.material)
+    others = [c for i, c in enumerate(listed.appearances) if i != own[1]]
+    unlike = float(np.mean([measure.texture_distance(listed.appearances[own[1]], c) for c in others]))
+    scores: dict[str, list] = {"failed": failed.tolist()}
+    for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
+        row: dict[str, Any] = dict.fromkeys(SCORES)
+        if not failed[i]:
+            look = measure.appearance_of(image, mask)
+            mine = listed.appearances[own[1]]
+            texture = measure.texture_distance(look, mine)
+            row = {
+                "iou": float(ious[i, own[0]]),
+                "silhouette": int(ious[i].argmax()) == own[0],
+                "colour": measure.colour_distance(look, mine),
+                "texture": texture,
+                "combined": measure.combined_distance(look, mine),
+                "material": _nearest(measure.combined_distance, look, listed.appearances) == own[1],
+                "texture_material": _nearest(measure.texture_distance, look, listed.appearances) == own[1],
+                "texture_similarity": float(np.clip(1 - texture / unlike, 0, 1)),
+            }
+        for name, value in row.items():
+            scores.setdefault(name, []).append(value)
+    seen = judges(images)
+    for name in ("shape", "pattern", "colours", "background"):
+        wanted = [getattr(one, name) for one in asked]
+        if None not in wanted:
+            scores[f"obeyed_{name}"] = obeyed(seen, **{name: wanted})[name].tolist()
+    return scores
+
+
+def _nearest(distance: Callable, look: measure.Appearance, candidates: Sequence[measure.Appearance]) -> int:
+    return measure.retrieval(lambda query, candidate: -distance(query, candidate), look, candidates)
+
+
+def score_customization(
+    pipe: ESCDPipeline, asked: Sequence[Asked], shape: Reference, appearance: Reference, listed: References,
+    judges: Judges, *, seed: int = 0, sampler_steps: int = 25, guidance_scale: float = 4.0,
+) -> dict[str, list]:  # fmt: skip
+    """Draw one picture a prompt with a pipeline and score them (`score_images`).
+
+    A pseudo-word the pipeline has not loaded is replaced by its word: so an empty pipeline gives the floor.
+    """
+    texts = [one.text for one in asked]
+    for attribute in ATTRIBUTES.values():
+        if attribute.token not in pipe.customizations:
+            texts = [text.replace(attribute.token, attribute.word) for text in texts]
+    images = generate(pipe, texts, seed, sampler_steps, guidance_scale)
+    return score_images(images, asked, shape, appearance, listed, judges)
+
+
+def generate(
+    pipe: ESCDPipeline, prompts: Sequence[str], seed: int, sampler_steps: int, guidance_scale: float
+) -> Tensor:
+    """One picture a prompt, (N, 3, H, W) in [-1, 1]; picture i starts from the noise of seed + i."""
+    images = []
+    for first in range(0, len(prompts), BATCH):
+        part = list(prompts[first : first + BATCH])
+        noise = [torch.Generator().manual_seed(seed + first + i) for i in range(len(part))]
+        out = pipe(
+            part,
+            num_inference_steps=sampler_steps,
+            guidance_scale=guidance_scale,
+            generator=noise,
+            output_type="pt",
+        )
+        images.append(out.images.float().cpu() * 2 - 1)
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def right_answers(
+    asked: Sequence[Asked], shape: Reference, appearance: Reference, backbone: Backbone
+) -> Tensor:
+    """What each prompt asks for, painted, and then reconstructed by the autoencoder: the ceiling.
+
+    The silhouette is `shape`'s unless the prompt names one, the material `appearance`'s unless it names a
+    pattern.
+    """
+    images = []
+    for number, one in enumerate(asked):
+        mask = shape.silhouette.mask
+        if one.shape is not None:
+            mask = named_outlines()[3 * SHAPES.index(one.shape)].float()
+        tile = appearance.material.tile
+        if one.pattern is not None:
+            draws = world.Draws(0, torch.tensor([number]))
+            rgb = [torch.tensor([COLOUR_RGB[name]]) for name in one.colours]
+            tile = world.paint_pattern(draws, one.pattern, rgb[0], rgb[-1])[0]
+        images.append(compose_reference(mask, tile, one.background, backbone.image_size)[0])
+    latents = backbone.encode_images(torch.stack(images))
+    return backbone.decode_latents(latents).float().cpu()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# one run
+
+
+class Study:
+    """Runs configs of one backbone on one device: what they share is loaded once.
+
+    folder: silhouettes and materials that take the place of the bundled lists, for configs of the list
+    "folder".
+    """
+
+    def __init__(self, folder: str | Path | None = None, device: str | torch.device | None = None) -> None:
+        self.folder, self.device = folder, device
+        self._backbones: dict[str, Backbone] = {}
+
+    def run(self, config: Any, stored: Path | None = None) -> records.Record:
+        """The stored record of a config, or that of running it now."""
+        return records.get(
+            config,
+            self.score,
+            inputs=self.inputs(config),
+            device=self.backbone(config.backbone).device,
+            folder=stored,
+        )
+
+    def score(self, config: Any) -> dict[str, Any]:
+        """Metrics of one config, by its kind."""
+        scorers = {
+            StudyConfig: self._score_attribute,
+            CompositionConfig: self._score_composition,
+            ObedienceConfig: self._score_obedience,
+            AutoencoderConfig: self._score_autoencoder,
+            JudgesConfig: self._score_judges,
+        }
+        return scorers[type(config)](config)
+
+    def backbone(self, name: str) -> Backbone:
+        if name not in self._backbones:
+            self._backbones[name] = load_backbone(name, device=self.device)
+        return self._backbones[name]
+
+    def judges(self) -> Judges:
+        return _judges()
+
+    def references(self, name: str) -> References:
+        """The list of this name."""
+        if name in LISTS:
+            return load_references(which=name)
+        if self.folder is None:
+            raise ValueError(f"the list {name!r} is one of {', '.join(LISTS)}, or needs a folder")
+        return _folder(self.folder)
+
+    def inputs(self, config: Any) -> dict[str, str]:
+        """sha256 of what a config's numbers come from: weights of the backbone, judges, references."""
+        identity = self.backbone(config.backbone).identity
+        inputs = {f"backbone {config.backbone}": _weights_sha256(config.backbone, identity)}
+        if not isinstance(config, AutoencoderConfig):
+            inputs["judges"] = records.sha256(WEIGHTS / "judges")
+        if isinstance(config, StudyConfig | CompositionConfig):
+            inputs[f"references {config.list}"] = self.references(config.list).sha256
+        return inputs
+
+    # ---- the kinds of run
+
+    def _score_attribute(self, config: StudyConfig) -> dict[str, Any]:
+        listed = self.references(config.list)
+        reference = listed[config.reference]
+        asked = prompts_for(reference, config.attribute)
+        learnt = {}
+        about: dict[str, Any] = {}
+        if config.kind == "customized":
+            learnt = {
+                config.attribute: self.learn(config.attribute, reference, config.tuning, config.backbone)
+            }
+            about["megabytes"] = learnt[config.attribute].nbytes / 1e6
+        scores = self._scored(config, asked, reference, reference, learnt)
+        return {"prompts": [one.text for one in asked], **scores, **about}
+
+    def _score_composition(self, config: CompositionConfig) -> dict[str, Any]:
+        listed = self.references(config.list)
+        shape, appearance = listed[config.shape], listed[config.appearance]
+        asked = prompts_for_pair(shape, appearance)
+        learnt = {}
+        if config.kind == "customized":
+            learnt = {
+                "shape": self.learn("shape", shape, config.shape_tuning, config.backbone),
+                "appearance": self.learn("appearance", appearance, config.appearance_tuning, config.backbone),
+            }
+        return {
+            "prompts": [one.text for one in asked],
+            **self._scored(config, asked, shape, appearance, learnt),
+        }
+
+    def _scored(
+        self, config: StudyConfig | CompositionConfig, asked: Sequence[Asked], shape: Reference,
+        appearance: Reference, learnt: dict[str, Customization],
+    ) -> dict[str, list]:  # fmt: skip
+        listed, backbone = self.references(config.list), self.backbone(config.backbone)
+        if config.kind == "ceiling":
+            images = right_answers(asked, shape, appearance, backbone)
+            return score_images(images, asked, shape, appearance, listed, self.judges())
+        return score_customization(
+            _quiet(ESCDPipeline(backbone, **learnt)), asked, shape, appearance, listed, self.judges(),
+            seed=config.seed, sampler_steps=config.sampler_steps, guidance_scale=config.guidance_scale,
+        )  # fmt: skip
+
+    def learn(
+        self, attribute: str, reference: Reference, tuning: TuningConfig, backbone: str
+    ) -> Customization:
+        """The customization of one reference; kept under `runs/study`, since compositions use it again."""
+        made = self.backbone(backbone)
+        key = hashlib.sha256(
+            repr((reference.inputs, tuning, made.identity, str(made.device))).encode()
+        ).hexdigest()
+        path = RUNS / f"{attribute}-{key[:16]}.safetensors"
+        if path.exists():
+            return load_customization(path, made)
+        learnt = customize(reference.image, attribute, made, config=tuning, progress=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        learnt.save(path)
+        return learnt
+
+    def _score_obedience(self, config: ObedienceConfig) -> dict[str, Any]:
+        return prompt_obedience(
+            self.backbone(config.backbone), config.prompts, config.seed, judges=self.judges(),
+            sampler_steps=config.sampler_steps, guidance_scale=config.guidance_scale,
+        )  # fmt: skip
+
+    def _score_autoencoder(self, config: AutoencoderConfig) -> dict[str, Any]:
+        images, others = image_sets()[config.images]
+        return autoencoder_scores(self.backbone(config.backbone).vae, images, others)
+
+    def _score_judges(self, config: JudgesConfig) -> dict[str, Any]:
+        unseen = world.World(seed=9016, split=config.split, named_shapes=0.5, named_appearances=0.5)
+        backbone, seen, targets = self.backbone(config.backbone), [], []
+        for first in range(0, config.pictures, 128):
+            part = unseen.batch(range(first, min(first + 128, config.pictures)))
+            seen.append(
+                self.judges()(backbone.decode_latents(backbone.encode_images(part.image)).float().cpu())
+            )
+            targets.append(targets_of(part))
+        joined = {
+            field.name: torch.cat([getattr(s, field.name) for s in seen]) for field in fields(Judgement)
+        }
+        answers = {name: torch.cat([target[name] for target in targets]) for name in targets[0]}
+        return accuracies(Judgement(**joined), answers)
+
+
+@cache
+def _judges() -> Judges:
+    return load_judges()
+
+
+@cache
+def _folder(folder: str | Path) -> References:
+    return load_references(folder)
+
+
+@cache
+def _weights_sha256(name: str, identity: str) -> str:
+    """A shipped backbone's files; of one that is not shipped, its identity."""
+    model = backbones.MODELS.get(name)
+    return records.sha256(model.folder) if model is not None and model.folder is not None else identity
+
+
+def _quiet(pipe: ESCDPipeline) -> ESCDPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the backbone itself
+
+
+def named_prompts(count: int, seed: int) -> list[Asked]:
+    """Prompts that name everything, each factor drawn evenly; two colours but for "solid"."""
+    draw = np.random.default_rng(seed)
+    asked = []
+    for _ in range(count):
+        shape, pattern, ground = (
+            names[draw.integers(len(names))] for names in (SHAPES, PATTERNS, BACKGROUNDS)
+        )
+        colours = tuple(COLOURS[i] for i in draw.permutation(len(COLOURS))[: 1 if pattern == "solid" else 2])
+        look = f"{pattern} {' and '.join(colours)}"
+        text = f"{_article(shape)} shape with {look} appearance on a {ground} background"
+        asked.append(Asked(text, ground, shape, pattern, colours))
+    return asked
+
+
+def prompt_obedience(
+    backbone: Backbone, n: int = 512, seed: int = 0, *, judges: Judges | None = None,
+    sampler_steps: int = 25, guidance_scale: float = 4.0,
+) -> dict[str, Any]:  # fmt: skip
+    """Share of `n` fresh prompts obeyed, by one picture each, in every attribute and in all at once."""
+    asked = named_prompts(n, seed)
+    pipe = _quiet(ESCDPipeline(backbone))
+    images = generate(pipe, [one.text for one in asked], seed, sampler_steps, guidance_scale)
+    seen = (judges or load_judges())(images)
+    names = ("shape", "pattern", "colours", "background")
+    right = obeyed(seen, **{name: [getattr(one, name) for one in asked] for name in names})
+    shares: dict[str, Any] = {name: float(right[name].float().mean()) for name in names}
+    shares["all"] = float(torch.stack(list(right.values())).all(0).float().mean())
+    for name, words in (("shape", SHAPES), ("pattern", PATTERNS)):
+        rows = {word: [i for i, one in enumerate(asked) if getattr(one, name) == word] for word in words}
+        shares[f"by_{name}"] = {word: float(right[name][r].float().mean()) for word, r in rows.items() if r}
+    return shares
+
+
+PATCH, COMPONENTS = 8, 16  # 64 patches of 16 numbers: the 16 x 16 x 4 latents of a 64 px picture
+
+
+@torch.no_grad()
+def autoencoder_scores(vae: AutoencoderKL, images: Tensor, others: Tensor) -> dict[str, float]:
+    """PSNR and detail of reconstructions of images (N, 3, 64, 64) in [-1, 1], beside those of a linear code.
+
+    `psnr` is the mean over images, in dB; `detail` the share of the energy above a quarter of the sampling
+    frequency that the reconstructions still have. `pca_psnr` and `pca_detail` are those of a principal
+    component analysis of 8 x 8 patches to 16 numbers, which is the latents' rate, fitted on `others`: the
+    best linear code for its patch, and better than one of 4 x 4 patches to 4 numbers.
+    """
+    decoded = []
+    for part in images.split(64):
+        latents = vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode()
+        decoded.append(vae.decode(latents).sample.clamp(-1, 1).float().cpu())
+    scores: dict[str, float] = {"images": len(images)}
+    for prefix, made in (("", torch.cat(decoded)), ("pca_", linear_code(images, others))):
+        error = (made - images).square().flatten(1).mean(1).clamp(min=1e-10)
+        scores[f"{prefix}psnr"] = float((10 * torch.log10(4 / error)).mean())
+        scores[f"{prefix}detail"] = float(_fine_energy(made).sum() / _fine_energy(images).sum())
+    return scores
+
+
+def linear_code(images: Tensor, others: Tensor) -> Tensor:
+    """Images after the principal components of patches of `others`: PATCH**2 pixels to COMPONENTS numbers."""
+
+    def patches(x: Tensor) -> Tensor:
+        return F.unfold(x, PATCH, stride=PATCH).transpose(1, 2)  # (N, patches, 3 PATCH**2)
+
+    known = patches(others).flatten(0, 1)
+    mean = known.mean(0)
+    basis = torch.linalg.eigh(torch.cov((known - mean).T))[1][:, -COMPONENTS:]
+    coded = (patches(images) - mean) @ basis @ basis.T + mean
+    return F.fold(coded.transpose(1, 2), images.shape[-2:], PATCH, stride=PATCH).clamp(-1, 1)
+
+
+def _fine_energy(images: Tensor) -> Tensor:
+    """Energy (N,) above a quarter of the sampling frequency, in any direction."""
+    spectrum = torch.fft.fft2(images).abs().square()  # (N, 3, H, W)
+    frequency = torch.fft.fftfreq(images.shape[-1])
+    fine = (frequency[None].square() + frequency[:, None].square()).sqrt() > 0.25
+    return (spectrum * fine).sum((1, 2, 3))
+
+
+# Photographs inside scikit-image; the others fit the linear code.
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+OTHER_PHOTOGRAPHS = ("motorcycle_left.png", "motorcycle_right.png")
+
+
+@cache
+def image_sets() -> dict[str, tuple[Tensor, Tensor]]:
+    """Pictures the autoencoder never saw, and others to fit the linear code on: set -> (N, 3, 64, 64) twice.
+
+    world: renders of held-out families (the code is fitted on training ones). photographs: every 128 px
+    window of four photographs, at 64 px (fitted on a fifth scene). tiles: the materials of the evaluation
+    list, each at its four quarter turns (fitted on those of the development list).
+    """
+    held_out, known = world.World(seed=9017, split="heldout"), world.World(seed=9017)
+    tiles, others = (
+        torch.cat([_turned(m.tile) for m in load_references(which=name).materials]) for name in LISTS
+    )
+    return {
+        "world": (held_out.batch(range(256)).image, known.batch(range(512)).image),
+        "photographs": (_windows(PHOTOGRAPHS), _windows(OTHER_PHOTOGRAPHS)),
+        "tiles": (tiles * 2 - 1, others * 2 - 1),
+    }
+
+
+def _turned(tile: Tensor) -> Tensor:
+    return torch.stack([torch.rot90(tile, turn, (1, 2)) for turn in range(4)])
+
+
+def _windows(names: Sequence[str], window: int = 128) -> Tensor:
+    found = []
+    for name in names:
+        picture = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
+        for top in range(0, picture.height - window + 1, window // 2):
+            for left in range(0, picture.width - window + 1, window // 2):
+                part = picture.crop((left, top, left + window, top + window))
+                pixels = np.array(part.resize((SIZE, SIZE), Image.Resampling.BOX))
+                found.append(torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1)
+    return torch.stack(found)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the grid and its table
+
+PARTS = ("encoder", "decoder", "all")
+
+
+def configs(
+    listed: References, *, backbone: str = "mini", attributes: Sequence[str] = tuple(ATTRIBUTES),
+    parts: Sequence[str] = PARTS, seed: int = 0, composition: bool = True,
+) -> list[StudyConfig | CompositionConfig]:  # fmt: skip
+    """The quick study of a list: floor, word, each part and ceiling of both attributes; both compositions.
+
+    A composition takes the shape of each reference and the appearance of the next.
+    """
+    grid: list[StudyConfig | CompositionConfig] = []
+    word = {a: TuningConfig.of(a, NO_PART, steps=0, seed=seed) for a in attributes}
+    tunings = {(a, part): TuningConfig.of(a, part, seed=seed) for a in attributes for part in parts}
+    for reference in listed:
+        for attribute in attributes:
+            base = StudyConfig(
+                attribute, reference.id, "floor", list=listed.name, backbone=backbone, seed=seed
+            )
+            learnt = [word[attribute], *(tunings[attribute, part] for part in parts)]
+            grid += [base, *(replace(base, kind="customized", tuning=tuning) for tuning in learnt)]
+            grid.append(replace(base, kind="ceiling"))
+    if composition and {"encoder", "decoder"} <= set(parts) and {"shape", "appearance"} <= set(attributes):
+        for reference, following in zip(listed, [*[*listed][1:], listed[0]], strict=True):
+            pair = CompositionConfig(
+                reference.id, following.id, "floor", list=listed.name, backbone=backbone, seed=seed
+            )
+            grid += [pair, replace(pair, kind="ceiling")]
+            for one, other in (("encoder", "decoder"), ("decoder", "encoder")):
+                grid.append(replace(
+                    pair, kind="customized",
+                    shape_tuning=tunings["shape", one], appearance_tuning=tunings["appearance", other],
+                ))  # fmt: skip
+    return grid
+
+
+def backbone_configs(backbone: str = "mini") -> list[Any]:
+    """What is measured of a backbone by itself."""
+    sets = ("world", "photographs", "tiles")
+    autoencoder = [AutoencoderConfig(name, backbone) for name in sets]
+    return [*autoencoder, JudgesConfig(backbone=backbone), ObedienceConfig(backbone=backbone)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm of the table over all its pictures; shares and similarities lie in [0, 1].
+
+    `transfer` holds the wanted attribute's scores, `obeyed` what the prompts named, `leakage` the unwanted
+    attribute's similarity less the floor's, with its interval (None for floor and ceiling), `leaked` the
+    share of pictures in which the unwanted attribute is the nearest of the candidates, `failed` that
+    without a foreground.
+    """
+
+    pictures: int
+    transfer: dict[str, float]
+    obeyed: dict[str, float]
+    leakage: Interval | None
+    leaked: float | None
+    failed: float
+
+
+def table(found: Iterable[records.Record]) -> dict[str, dict[str, Row]]:
+    """Rows by mode ("shape", "appearance", "composition") and arm, from records of this study.
+
+    Raises KeyError when a customised run's floor is not among them.
+    """
+    by_arm: dict[tuple[str, str], list[tuple[Any, dict]]] = {}
+    floors: dict[Any, dict] = {}
+    kinds = {"study": StudyConfig, "composition": CompositionConfig}
+    for record in found:
+        if record.kind not in kinds:
+            continue
+        config = records.config_of(record, kinds[record.kind])
+        mode = config.attribute if record.kind == "study" else "composition"
+        by_arm.setdefault((mode, config.arm), []).append((config, record.metrics))
+        if config.kind == "floor":
+            floors[_floor_of(config)] = record.metrics
+    rows: dict[str, dict[str, Row]] = {}
+    for (mode, arm), runs in by_arm.items():
+        rows.setdefault(mode, {})[arm] = _row(mode, runs, floors)
+    return rows
+
+
+def _floor_of(config: StudyConfig | CompositionConfig) -> Any:
+    if isinstance(config, StudyConfig):
+        return replace(config, kind="floor", tuning=None)
+    return replace(config, kind="floor", shape_tuning=None, appearance_tuning=None)
+
+
+def _row(mode: str, runs: list[tuple[Any, dict]], floors: dict[Any, dict]) -> Row:
+    def gather(name: str, missing: Any) -> list:
+        """A score of every picture; `missing` where the foreground failed."""
+        return [missing if value is None else value for _, metrics in runs for value in metrics[name]]
+
+    def mean(name: str, missing: Any) -> float:
+        return float(np.mean(gather(name, missing)))
+
+    failed = gather("failed", None)
+    shapes = {"iou": mean("iou", 0.0), "retrieval": mean("silhouette", False)}
+    # A distance has no worst value: the mean is over the pictures that have a foreground; retrieval counts
+    # them all.
+    distances = [value for value in gather("combined", None) if value is not None]
+    materials = {"retrieval": mean("material", False)}
+    if distances:
+        materials["distance"] = float(np.mean(distances))
+    if mode == "composition":
+        both = [a and b for a, b in zip(gather("silhouette", False), gather("material", False), strict=True)]
+        transfer = {
+            "silhouette": shapes["retrieval"],
+            "iou": shapes["iou"],
+            "material": materials["retrieval"],
+        }
+        transfer |= {"distance": materials["distance"]} if distances else {}
+        transfer["both"] = float(np.mean(both))
+    else:
+        transfer = shapes if mode == "shape" else materials
+    kept = {
+        name.removeprefix("obeyed_"): mean(name, False)
+        for name in runs[0][1] if name.startswith("obeyed_")
+    }  # fmt: skip
+    leakage = leaked = None
+    unwanted = {"shape": ("texture_similarity", "texture_material"), "appearance": ("iou", "silhouette")}
+    if mode in unwanted:
+        similarity, nearest = unwanted[mode]
+        customized = runs[0][0].kind == "customized"
+        leaked = mean(nearest, customized)
+        if customized:
+            base, groups = [], []
+            for config, metrics in runs:
+                floor = _floor_of(config)
+                if floor not in floors:
+                    raise KeyError(f"no floor is stored for {config.reference} ({mode})")
+                # A floor without a foreground has nothing of the reference; one of the method counts as a
+                # leak.
+                base += [0.0 if value is None else value for value in floors[floor][similarity]]
+                groups += [config.reference] * len(metrics[similarity])
+            leakage = paired_bootstrap(gather(similarity, 1.0), base, groups=groups)
+    return Row(len(failed), transfer, kept, leakage, leaked, float(np.mean(failed)))
+
+
+def show(rows: dict[str, dict[str, Row]]) -> str:
+    """The table as text."""
+    lines = []
+    for mode, arms in rows.items():
+        for arm, row in arms.items():
+            parts = [f"{name} {value:.2f}" for name, value in row.transfer.items()]
+            parts += [f"{name} {100 * value:.0f} %" for name, value in row.obeyed.items()]
+            if row.leakage is not None:
+                parts.append(
+                    f"leakage {row.leakage.mean:+.3f} [{row.leakage.low:+.3f}, {row.leakage.high:+.3f}]"
+                )
+            if row.leaked is not None:
+                parts.append(f"leaked {100 * row.leaked:.0f} %")
+            parts.append(f"failed {100 * row.failed:.0f} %")
+            lines.append(f"{mode:>11}  {arm:<10} {row.pictures:>4} pictures: " + ", ".join(parts))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the records of the study that are missing, then print its table."""
+    parser = argparse.ArgumentParser(prog="python -m escd.study", description=main.__doc__)
+    parser.add_argument("--backbone", default="mini", help="what load_backbone is to load (default: mini)")
+    parser.add_argument(
+        "--list", choices=LISTS, default="evaluation", help="references (default: evaluation)"
+    )
+    parser.add_argument("--folder", type=Path, help="use its silhouettes/*.png and materials/*.webp instead")
+    parser.add_argument("--references", type=int, metavar="N", help="the first N references only")
+    parser.add_argument("--attributes", nargs="+", choices=tuple(ATTRIBUTES), default=tuple(ATTRIBUTES))
+    parser.add_argument(
+        "--parts", nargs="+", default=PARTS, help="parts to tune (default: encoder decoder all)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--records", type=Path, help="folder of the records (default: figures/records, or runs)"
+    )
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)  # so that one worker gives the bits that several give
+    state = PartialState(cpu=not torch.cuda.is_available())
+    study = Study(arguments.folder, state.device if state.device.type == "cuda" else None)
+    # What a stranger's folder gives is no number of this project's.
+    stored = arguments.records or (RUNS / "records" if arguments.folder else records.FOLDER)
+    listed = study.references("folder" if arguments.folder else arguments.list)
+    if arguments.references is not None:
+        listed = replace(listed, references=listed.references[: arguments.references])
+    chosen = {name: getattr(arguments, name) for name in ("backbone", "attributes", "parts", "seed")}
+    grid: list[Any] = configs(listed, **chosen)
+    if not arguments.folder:
+        grid = [*backbone_configs(arguments.backbone), *grid]
+    mine = grid[state.process_index :: state.num_processes]
+    for config in tqdm(mine, unit="run", disable=not state.is_local_main_process):
+        study.run(config, stored)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(show(table(records.get(c, folder=stored, inputs=study.inputs(c)) for c in grid)))
+
+
+if __name__ == "__main__":
+    main()

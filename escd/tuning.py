@@ -1,0 +1,312 @@
+"""Stage 3, attribute-aware finetuning: the one tuning loop (paper, Eq. 6).
+
+ESCDiffusion and every baseline are configurations of it: a part of the UNet (none for textual inversion,
+"all" for DreamBooth, "all/attn2" for what Custom Diffusion tunes) and a pseudo-word, learnt from one image.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+
+from .backbone import Backbone
+from .customization import Attribute, Customization, resolve_attribute
+from .fusion import pseudo_word
+from .images import Source, open_image_and_mask
+from .parts import parameters_of
+
+NO_PART = "none"  # tune the pseudo-word alone
+
+# The prompts a reference is shown under name neither its background nor its other attribute: what they
+# named, the pseudo-word would be tied to ("{}" is the pseudo-word).
+PROMPTS = {
+    "shape": ("a {} shape", "a {} shape with appearance appearance", "an object in the shape of {}"),
+    "appearance": (
+        "a shape shape with {} appearance",
+        "a shape with the appearance of {}",
+        "an object with {} appearance",
+    ),
+}
+
+# Learning rate and steps for each half of the UNet. The halves differ in size and depth, so one rate for both
+# would compare rates, not halves.
+RATES = {
+    "shape": {"encoder": 5e-4, "decoder": 3e-4, "all": 2e-4},
+    "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
+}
+STEPS = {"shape": 200, "appearance": 120}
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """One tuning run; the defaults of an attribute come from `TuningConfig.of`."""
+
+    # Which attribute, by name, and which of the two recipes it follows: "shape" changes colours while it
+    # learns, "appearance" changes geometry.
+    attribute: str
+    recipe: str
+    # The part of the UNet that learns (`escd.parts`), or "none" for the pseudo-word alone.
+    part: str
+    # Optimiser steps of `batch_size` noised views of the one image.
+    steps: int
+    learning_rate: float
+    # The pseudo-word is one vector and needs a larger rate than weights do.
+    word_learning_rate: float = 5e-3
+    batch_size: int = 8
+    # How many differently augmented views of the reference are encoded, once, before the first step.
+    views: int = 64
+    # Share of the views in which the other attribute is changed.
+    augmentation: float = 0.75
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "views", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is a whole number, not {value!r}")
+        if self.steps < 0:
+            raise ValueError(
+                f"steps must not be negative, not {self.steps} (0 gives the attribute filter's pseudo-word)"
+            )
+        if self.batch_size < 1 or self.views < 1:
+            raise ValueError("batch_size and views must be at least 1")
+        for name in ("learning_rate", "word_learning_rate"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        if not 0 <= self.augmentation <= 1:
+            raise ValueError(f"augmentation is a share between 0 and 1, not {self.augmentation}")
+
+    @classmethod
+    def of(cls, attribute: Attribute | str, part: str | None = None, **changes: object) -> TuningConfig:
+        """The configuration for an attribute, with `changes` (None keeps the default)."""
+        attribute = resolve_attribute(attribute)
+        recipe = "shape" if attribute.part == "encoder" else "appearance"
+        part = part or attribute.part
+        rates = RATES[recipe]
+        # A part inside one half learns at that half's rate.
+        half = next((h for h in ("encoder", "decoder") if part.split("/")[0] == h), None)
+        if half is None:
+            half = "encoder" if part.startswith("down") else "decoder" if part.startswith("up") else "all"
+        given = {k: v for k, v in changes.items() if v is not None}
+        return cls(
+            **{
+                "attribute": attribute.name,
+                "recipe": recipe,
+                "part": part,
+                "steps": STEPS[recipe],
+                "learning_rate": rates[half],
+                **given,
+            }
+        )
+
+
+def recoloured(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, 3, H, W) in [-1, 1] with their colours mixed, turned and rescaled, each its own way."""
+    n = len(images)
+    mix, _ = torch.linalg.qr(torch.randn(n, 3, 3, generator=generator))
+    scale = torch.empty(n, 3, 1, 1).uniform_(0.6, 1.4, generator=generator)
+    shift = torch.empty(n, 3, 1, 1).uniform_(-0.3, 0.3, generator=generator)
+    mixed = torch.einsum("nij,njhw->nihw", mix.to(images), images)
+    return (mixed * scale.to(images) + shift.to(images)).clamp(-1, 1)
+
+
+def reshaped(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W) and masks (N, 1, H, W), each turned, mirrored, stretched, enlarged and bent."""
+    n, h, w = len(images), *images.shape[-2:]
+    u = torch.rand(n, 6, generator=generator)
+    angle, zoom = (u[:, 0] - 0.5) * 1.0, 0.45 + 0.6 * u[:, 1]  # zoom < 1 enlarges
+    stretch = torch.exp((u[:, 2] - 0.5) * 0.5)
+    mirror = torch.where(u[:, 3] < 0.5, -1.0, 1.0)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 1] = angle.cos() * zoom * stretch * mirror, -angle.sin() * zoom
+    theta[:, 1, 0], theta[:, 1, 1] = angle.sin() * zoom * mirror, angle.cos() * zoom / stretch
+    theta[:, :, 2] = (u[:, 4:6] - 0.5) * (1 - zoom).clamp(min=0.2)[:, None]
+    bend = F.interpolate(
+        (torch.rand(n, 2, 4, 4, generator=generator) - 0.5) * 0.35,
+        size=(h, w),
+        mode="bicubic",
+        align_corners=True,
+    )
+    grid = F.affine_grid(theta, [n, 3, h, w], align_corners=False) + bend.permute(0, 2, 3, 1)
+    both = torch.cat([images, masks.expand(n, -1, -1, -1)], 1)
+    out = F.grid_sample(both, grid.to(images), padding_mode="reflection", align_corners=False)
+    return out[:, :3], out[:, 3:].clamp(0, 1)
+
+
+def views_of(image: Tensor, mask: Tensor | None, config: TuningConfig) -> tuple[Tensor, Tensor]:
+    """The augmented views (V, 3, H, W) of a reference (3, H, W) and the weight (V, 1, H, W) of their loss.
+
+    While a shape is learnt the colours change, while an appearance is learnt the geometry does; a share
+    ``1 - config.augmentation`` of the views is the reference as it is.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    images = image.expand(config.views, -1, -1, -1)
+    masks = (torch.ones_like(image[:1]) if mask is None else mask.to(image)).expand(config.views, -1, -1, -1)
+    changed = (torch.rand(config.views, generator=generator) < config.augmentation).to(image.device)[
+        :, None, None, None
+    ]
+    if config.recipe == "shape":
+        return torch.where(changed, recoloured(images, generator), images), masks
+    bent, bent_masks = reshaped(images, masks, generator)
+    return torch.where(changed, bent, images), torch.where(changed, bent_masks, masks)
+
+
+def customize(
+    image: Source,
+    attribute: Attribute | str,
+    backbone: Backbone,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    learning_rate: float | None = None,
+    part: str | None = None,
+    mask: Source | None = None,
+    callback: Callable[[int, float], bool | None] | None = None,
+    progress: bool = True,
+    config: TuningConfig | None = None,
+) -> Customization:
+    """Learn one attribute of one image: a pseudo-word, and the change of one part of the UNet (paper, Eq. 6).
+
+    image: a path, a PIL image, or a tensor (3, H, W) in [-1, 1]; the whole frame is the reference, padded to
+    a square as `escd.images` says, unless `mask` (white on the subject) confines the loss. attribute:
+    "shape", "appearance", or an `Attribute` of your own. steps: 0 gives the attribute filter's pseudo-word,
+    untuned. part: what learns, by default the attribute's own half; "none" tunes the pseudo-word alone.
+    callback(step, loss) is called after each step and ends the tuning early by returning True. Ctrl-C ends
+    it too, and what was learnt until then is returned. The backbone itself is not changed.
+
+    Raises ValueError or TypeError for an unknown attribute or part and for bad numbers, and what
+    `open_image` raises.
+    """
+    attribute = resolve_attribute(attribute)
+    if config is None:
+        config = TuningConfig.of(attribute, part, steps=steps, seed=seed, learning_rate=learning_rate)
+    elif config.attribute != attribute.name:
+        raise ValueError(f"the configuration is for {config.attribute!r}, not for {attribute.name!r}")
+    trained = {} if config.part == NO_PART else parameters_of(backbone.unet, config.part)
+    backbone.word_embedding(attribute.word)  # an unusable word is refused before the work
+    picture, inside = open_image_and_mask(image, backbone.image_size, mask)
+    if mask is None:
+        inside = None  # an image's own transparency is no wish to have the rest ignored
+    device = backbone.device
+    picture = picture.to(device)
+
+    v = pseudo_word(backbone, picture[None], attribute, seed=config.seed)[0].float().clone().requires_grad_()
+    weights = {name: p.detach().float().clone().requires_grad_() for name, p in trained.items()}
+    losses: list[float] = []
+    if config.steps:
+        _tune(backbone, attribute, config, picture, inside, v, weights, losses, callback, progress)
+    with torch.no_grad():
+        delta = {n: (w - trained[n].float()).half() for n, w in weights.items()} if losses else {}
+    return Customization(
+        attribute=attribute,
+        pseudo_word=v.detach().cpu(),
+        delta={n: d.cpu() for n, d in delta.items()},
+        part=config.part,
+        backbone_identity=backbone.identity,
+        backbone_name=backbone.name,
+        steps=len(losses),
+        seed=config.seed,
+        config=asdict(config),
+        losses=losses,
+    )
+
+
+def _tune(
+    backbone: Backbone,
+    attribute: Attribute,
+    config: TuningConfig,
+    picture: Tensor,
+    inside: Tensor | None,
+    v: Tensor,
+    weights: dict[str, Tensor],
+    losses: list[float],
+    callback: Callable[[int, float], bool | None] | None,
+    progress: bool,
+) -> None:
+    """Change `v` and `weights` in place and append to `losses`, step by step."""
+    device, unet = backbone.device, backbone.unet
+    views, masks = views_of(picture, None if inside is None else inside.to(device), config)
+    latents = torch.cat([backbone.encode_images(x) for x in views.split(16)]).float()  # (V, 4, h, w)
+    masks = F.interpolate(masks, size=latents.shape[-2:], mode="area")  # (V, 1, h, w)
+    prompts = [p.format(attribute.token) for p in PROMPTS[config.recipe]]
+    groups = [{"params": [v], "lr": config.word_learning_rate}]
+    if weights:
+        groups.append({"params": list(weights.values()), "lr": config.learning_rate})
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+    rates = [g["lr"] for g in optimizer.param_groups]
+    # All draws come from one generator on the CPU: the same seed is the same run on every device.
+    generator = torch.Generator().manual_seed(config.seed)
+    timesteps = backbone.scheduler.config.num_train_timesteps
+    velocity = backbone.scheduler.config.prediction_type == "v_prediction"
+    bar = tqdm(
+        range(config.steps), desc=f"{attribute.name} ({config.part})", unit="step", disable=not progress
+    )
+    try:
+        with _fast_arithmetic(device):
+            for step in bar:
+                # The last fifth of the steps settles: a constant rate leaves one image's noise in the
+                # weights.
+                left = min(1.0, (config.steps - step) / (0.2 * config.steps))
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * min(left, (step + 1) / 10)
+                pick = torch.randint(0, len(latents), (config.batch_size,), generator=generator)
+                t = torch.randint(0, timesteps, (config.batch_size,), generator=generator).to(device)
+                x_0, inside_t = latents[pick.to(device)], masks[pick.to(device)]
+                noise = torch.randn(x_0.shape, generator=generator).to(device)
+                words = [
+                    prompts[k]
+                    for k in torch.randint(
+                        0, len(prompts), (config.batch_size,), generator=generator
+                    ).tolist()
+                ]
+                x_t = backbone.scheduler.add_noise(x_0, noise, t)
+                target = backbone.scheduler.get_velocity(x_0, noise, t) if velocity else noise
+                text = backbone.encode_prompt(words, {attribute.token: v})
+                # Eq. 6: only the part's weights and the pseudo-word learn; everything else is a constant.
+                out = functional_call(
+                    unet, weights, (x_t.to(unet.dtype), t), {"encoder_hidden_states": text.to(unet.dtype)}
+                ).sample
+                error = (out.float() - target).square() * inside_t
+                loss = error.mean() / inside_t.mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(loss.item())
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(
+                        f"the loss is {losses[-1]} at step {step + 1}; "
+                        f"lower the learning rate ({config.learning_rate})"
+                    )
+                bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}", refresh=False)
+                if callback is not None and callback(step + 1, losses[-1]):
+                    break
+    except KeyboardInterrupt:
+        warnings.warn(
+            f"interrupted after {len(losses)} of {config.steps} steps; what was learnt until here is kept",
+            stacklevel=3,
+        )
+    finally:
+        bar.close()
+
+
+@contextmanager
+def _fast_arithmetic(device: torch.device) -> Iterator[None]:
+    """bfloat16 where the processor has it, and on a CPU the attention kernel that is fast backwards."""
+    with ExitStack() as stack:
+        if device.type == "cpu":
+            stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported() if device.type == "cpu" else device.type == "cuda":
+            # Autocast would otherwise keep the first step's rounded copies of the weights that learn.
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16, cache_enabled=False))
+        yield

@@ -1,0 +1,157 @@
+"""A tiny backbone with random weights, in the exact layout of the real ones, for tests without training."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+from escd.backbone import Backbone, ImageTower
+from escd.customization import Customization, resolve_attribute
+from escd.fusion import AttributeFilter
+from escd.parts import parameters_of
+
+WORDS = (
+    "man a an the shape appearance texture colour star circle heart in of on with red green blue white and "
+    "striped solid background gray pink beige cyan horse * m , . ' s ( ) ! - 2"
+).split()
+
+
+def make_tokenizer(folder, length: int = 16) -> CLIPTokenizerFast:
+    """A CLIP tokenizer that knows each of WORDS as one token, and other words by letters."""
+    letters = sorted(set("".join(WORDS)) | set("abcdefghijklmnopqrstuvwxyz"))
+    bpe = Tokenizer(BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    trainer = BpeTrainer(vocab_size=1000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator([[word] for word in WORDS], trainer)
+    merges = [
+        pair if isinstance(pair, list) else pair.split(" ")
+        for pair in json.loads(bpe.to_str())["model"]["merges"]
+    ]
+    entries = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *letters,
+        *(c + "</w>" for c in letters),
+        *map("".join, merges),
+    ]
+    vocabulary = {entry: i for i, entry in enumerate(dict.fromkeys(entries))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+    tokenizer = CLIPTokenizerFast.from_pretrained(folder, model_max_length=length)
+    assert [word for word in WORDS if len(tokenizer.tokenize(word)) != 1] == []
+    return tokenizer
+
+
+def make_backbone(folder, seed: int = 0) -> Backbone:
+    """A backbone of 16 px images and 8 x 8 latents, with SD's block types at three resolutions."""
+    tokenizer = make_tokenizer(folder)
+    width = 32
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone = Backbone(
+            vae=AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                block_out_channels=(8, 16),
+                norm_num_groups=4,
+                sample_size=16,
+            ),
+            text_encoder=CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=width,
+                    intermediate_size=64,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    max_position_embeddings=tokenizer.model_max_length,
+                    hidden_act="gelu",
+                    bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            ),
+            tokenizer=tokenizer,
+            unet=UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(16, 32, 32),
+                layers_per_block=1,
+                down_block_types=("CrossAttnDownBlock2D",) * 3,
+                up_block_types=("CrossAttnUpBlock2D",) * 3,
+                cross_attention_dim=width,
+                attention_head_dim=4,
+                norm_num_groups=8,
+            ),
+            scheduler=DDIMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                set_alpha_to_one=False,
+                steps_offset=1,
+            ),
+            image_tower=ImageTower(
+                image_size=16, patch_size=8, width=32, layers=2, embed_dim=16, head_width=16
+            ),
+            name="tiny",
+        )
+        # The library starts the text encoder and the attention outputs so small that every prompt looks
+        # alike.
+        for p in backbone.text_encoder.parameters():
+            if p.ndim > 1:
+                torch.nn.init.normal_(p, std=0.3)
+        for name in ("shape", "appearance"):
+            attribute_filter = AttributeFilter.for_backbone(backbone, hidden=8)
+            torch.nn.init.normal_(attribute_filter.fuse[-1].weight, std=0.3)
+            backbone.filters[name] = attribute_filter
+    for module in backbone.modules.values():
+        module.eval().requires_grad_(False)
+    return backbone
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """The tiny backbone, saved: a folder in the layout of the shipped one."""
+    folder = tmp_path_factory.mktemp("tiny")
+    make_backbone(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def backbone(tiny_folder) -> Backbone:
+    """A tiny backbone, fresh for each test, on the CPU."""
+    return Backbone.from_pretrained(tiny_folder, name="tiny")
+
+
+def make_customization(backbone: Backbone, attribute, seed: int = 0) -> Customization:
+    """A customization with a random pseudo-word and random changes of the attribute's part."""
+    attribute = resolve_attribute(attribute)
+    generator = torch.Generator().manual_seed(seed)
+    parameters = parameters_of(backbone.unet, attribute.part)
+    return Customization(
+        attribute=attribute,
+        pseudo_word=0.3 * torch.randn(32, generator=generator),
+        delta={name: 0.05 * torch.randn(p.shape, generator=generator) for name, p in parameters.items()},
+        part=attribute.part,
+        backbone_identity=backbone.identity,
+        backbone_name=backbone.name,
+        steps=7,
+        seed=seed,
+        config={"learning_rate": 5e-4},
+        losses=[0.5, 0.25],
+    )
+
+
+@pytest.fixture
+def shape(backbone) -> Customization:
+    return make_customization(backbone, "shape", seed=1)
+
+
+@pytest.fixture
+def appearance(backbone) -> Customization:
+    return make_customization(backbone, "appearance", seed=2)

@@ -1,0 +1,360 @@
+"""Backbones: loading, storing, the text tower with pseudo-words, the image tower."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import huggingface_hub
+import open_clip
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import escd.backbone
+from escd import Backbone, ImageTower, load_backbone
+from escd.backbone import choose_device
+
+# ---- loading and storing
+
+
+def test_saving_and_loading_keeps_everything(backbone, tmp_path):
+    backbone.save_pretrained(tmp_path)
+    again = Backbone.from_pretrained(tmp_path)
+    assert again.identity == backbone.identity and len(again.identity) == 12
+    for name, module in backbone.modules.items():
+        for key, w in module.state_dict().items():
+            assert torch.equal(again.modules[name].state_dict()[key], w), (name, key)
+    assert again.tokenizer.get_vocab() == backbone.tokenizer.get_vocab()
+    assert dict(again.scheduler.config) == dict(backbone.scheduler.config)
+    assert torch.equal(again.encode_prompt("a red star"), backbone.encode_prompt("a red star"))
+
+
+def test_half_precision_on_disk_is_the_same_backbone_in_float32(backbone, tmp_path):
+    backbone.save_pretrained(tmp_path, torch.float16)
+    assert (
+        load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype
+        == torch.float16
+    )
+    again = load_backbone(tmp_path, device="cpu")
+    assert {m.dtype for m in again.modules.values()} == {torch.float32}
+    assert again.identity == backbone.identity
+    assert again.name == tmp_path.name
+    assert backbone.dtype == torch.float32  # saving in half precision did not change it
+
+
+def test_identity_follows_the_weights_not_the_precision(backbone):
+    before = backbone.identity
+    assert backbone.to(dtype=torch.float16).identity == before
+    del backbone.identity
+    assert backbone.identity == before
+    backbone.unet.conv_in.weight.data += 0.01
+    del backbone.identity
+    assert backbone.identity != before
+
+
+def test_identity_outlives_bfloat16(tiny_folder):
+    backbone = load_backbone(tiny_folder, device="cpu").to(dtype=torch.bfloat16)
+    assert backbone.dtype == torch.bfloat16
+    assert backbone.identity == load_backbone(tiny_folder, device="cpu").identity
+
+
+def test_a_loaded_backbone_is_frozen_and_on_the_best_device(tiny_folder):
+    backbone = load_backbone(tiny_folder)
+    assert backbone.device.type == choose_device().type
+    for module in backbone.modules.values():
+        assert not module.training
+        assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_the_folder_is_a_stable_diffusion_folder(tiny_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+    names = load_file(tiny_folder / "text_encoder/model.safetensors")
+    assert all(name.startswith("text_model.") for name in names)  # what transformers 4 reads
+    assert (tiny_folder / "tokenizer/vocab.json").is_file() and (
+        tiny_folder / "tokenizer/merges.txt"
+    ).is_file()
+
+
+def test_text_weights_load_under_either_name(backbone, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "unprefixed")
+    file = folder / "text_encoder/model.safetensors"
+    save_file({k.removeprefix("text_model."): w for k, w in load_file(file).items()}, file)
+    assert torch.equal(
+        Backbone.from_pretrained(folder).encode_prompt("a star"), backbone.encode_prompt("a star")
+    )
+
+
+def as_published(tiny_folder, folder):
+    """The tiny backbone laid out as SD 1.5 is: fp16 files, PNDM, a safety checker, no image tower."""
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("image_tower"))
+    for file in folder.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    shutil.rmtree(folder / "scheduler")
+    PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    ).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_a_published_folder_takes_an_image_tower(backbone, tiny_folder, tmp_path):
+    folder = as_published(tiny_folder, tmp_path / "sd")
+    loaded = load_backbone(folder, device="cpu", image_tower=backbone.image_tower)
+    assert loaded.identity == backbone.identity
+    assert loaded.image_tower is backbone.image_tower
+    assert type(loaded.scheduler).__name__ == "DDIMScheduler"
+    assert loaded.scheduler.config.beta_end == 0.012 and loaded.scheduler.config.steps_offset == 1
+    assert loaded.scheduler.config.clip_sample is False
+
+
+@torch.no_grad()
+def test_a_published_folder_takes_open_clips_weights(clip, tiny_folder, tmp_path, monkeypatch):
+    small = dataclasses.replace(escd.backbone.OPENCLIP, architecture=CLIP_CFG)
+    monkeypatch.setattr(escd.backbone, "OPENCLIP", small)
+    save_file(clip.state_dict(), tmp_path / "open_clip.safetensors")
+    folder = as_published(tiny_folder, tmp_path / "sd")
+    loaded = load_backbone(folder, device="cpu", image_tower=tmp_path / "open_clip.safetensors")
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(loaded.image_tower(x), ImageTower.from_open_clip(clip, CLIP_CFG)(x))
+    with pytest.raises(FileNotFoundError, match="no image tower at"):
+        load_backbone(folder, image_tower=tmp_path / "missing.safetensors")
+
+
+# ---- what cannot be loaded
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_a_hub_model_that_is_not_here_is_told_clearly(offline):
+    with pytest.raises(
+        OSError, match=r"nobody/nothing-v1\.5 is no folder, it is not in the Hugging Face cache, and"
+    ):
+        load_backbone("nobody/nothing-v1.5")
+
+
+def test_a_missing_image_tower_is_told_clearly(offline, tiny_folder, tmp_path, monkeypatch):
+    absent = dataclasses.replace(escd.backbone.OPENCLIP, repository="nobody/nothing")
+    monkeypatch.setattr(escd.backbone, "OPENCLIP", absent)
+    with pytest.raises(OSError, match=r"no image tower of its own; nobody/nothing.*image_tower="):
+        load_backbone(as_published(tiny_folder, tmp_path / "sd"))
+
+
+@pytest.mark.parametrize("name", ["minni", "no/such/folder", ""])
+def test_a_name_that_means_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither mini nor sd15, no folder, no hub id"):
+        load_backbone(name or "?")
+
+
+@pytest.mark.parametrize(
+    "missing", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "tokenizer"]
+)
+def test_an_incomplete_folder_names_what_is_missing(missing, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "part")
+    shutil.rmtree(folder / missing) if (folder / missing).is_dir() else (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{missing}.* missing"):
+        load_backbone(folder)
+
+
+def test_pickled_weights_are_not_read(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "pickled")
+    (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="safetensors only"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize("network", ["unet", "text_encoder", "image_tower"])
+def test_weights_cut_short_are_told_clearly(network, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "cut")
+    file = next((folder / network).glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=f"{network}.* is not a whole safetensors file"):
+        load_backbone(folder)
+
+
+def test_another_kind_of_model_is_refused(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "xl")
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"cross_attention_dim": 2048}))
+    with pytest.raises(ValueError, match=r"not of Stable Diffusion 1\.x's kind"):
+        load_backbone(folder)
+
+
+# ---- images
+
+
+def test_latents_are_deterministic_and_of_the_stated_shape(backbone):
+    assert backbone.image_size == 16 and backbone.latent_shape == (4, 8, 8)
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    latents = backbone.encode_images(x)
+    assert latents.shape == (2, *backbone.latent_shape)
+    assert torch.equal(latents, backbone.encode_images(x))
+    mean = backbone.vae.encode(x).latent_dist.mean
+    assert torch.equal(latents, mean * backbone.vae.config.scaling_factor)
+    images = backbone.decode_latents(100 * latents)
+    assert images.shape == x.shape and images.abs().max() == 1  # clamped
+    raw = backbone.vae.decode(latents / backbone.vae.config.scaling_factor).sample
+    assert torch.equal(backbone.decode_latents(latents), raw.clamp(-1, 1))
+
+
+# ---- prompts and pseudo-words
+
+
+def test_a_pseudo_word_with_its_words_embedding_is_the_word(backbone):
+    e = backbone.word_embedding("shape")
+    for text in ("a *m star", "a *M, star", "(*m) star", "a star - *m.", "a *m's star", "a *m-man *m"):
+        plain = text.lower().replace("*m", "shape")
+        assert torch.equal(backbone.encode_prompt(text, {"*m": e}), backbone.encode_prompt(plain)), text
+
+
+def test_a_pseudo_word_enters_where_it_stands_and_gradients_reach_it(backbone):
+    v = torch.randn(32, requires_grad=True)
+    prompts = ["a red star", "a *m shape"]
+    out = backbone.encode_prompt(prompts, {"*m": v})
+    assert out.shape == (2, 16, 32)
+    plain = backbone.encode_prompt(["a red star", "a shape shape"])
+    assert torch.equal(out[0], plain[0])
+    assert torch.equal(out[1, :2], plain[1, :2])  # attention is causal: <start> and "a" come before
+    assert not torch.allclose(out[1, 2:], plain[1, 2:])
+    (gradient,) = torch.autograd.grad(out[0].square().sum(), v, retain_graph=True)
+    assert not gradient.any()
+    out[1, :, 0].sum().backward()
+    assert v.grad.abs().sum() > 0
+
+
+def test_one_embedding_for_each_prompt(backbone):
+    v = torch.randn(2, 32)
+    both = backbone.encode_prompt(["a *m star", "a *m star"], {"*m": v})
+    for i in range(2):
+        alone = backbone.encode_prompt(["a *m star", "a *m star"], {"*m": v[i]})
+        assert torch.equal(both[i], alone[i])
+    assert not torch.allclose(both[0], both[1])
+
+
+def test_two_pseudo_words(backbone):
+    words = {"*m": backbone.word_embedding("star"), "*a": backbone.word_embedding("red")}
+    out = backbone.encode_prompt("a *m shape with *a appearance", words)
+    assert torch.equal(out, backbone.encode_prompt("a star shape with red appearance"))
+
+
+def test_encoding_leaves_no_hook_behind(backbone):
+    table = backbone.text_encoder.get_input_embeddings()
+    backbone.encode_prompt("a *m star", {"*m": torch.randn(32)})
+    with pytest.raises(RuntimeError):
+        backbone.encode_prompt("a *m star", {"*m": torch.randn(7)})  # does not fit
+    assert not table._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a *a star", r"'\*a', but no customization.*loaded: \*m"),
+        ("a *man", r"'\*man'.*'\*m' must stand alone, not begin a word"),
+        ("a *m2", r"'\*m2'.*must stand alone, not begin a word"),
+        ("a*m star", r"'a\*m' in the prompt.*must stand alone"),
+        ("*m*a", r"'\*m\*a' in the prompt.*must stand alone"),
+        ("**m", r"must stand alone"),
+        ("*m*", r"must stand alone"),
+        ("_*m", r"must stand alone"),
+        ("a star " * 8 + "*m", r"reads 16 tokens.*'\*m' stands behind them"),
+    ],
+)
+def test_pseudo_words_that_would_not_work_are_refused(backbone, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        backbone.check_prompt(prompt, ["*m"])
+    with pytest.raises(ValueError, match=message):
+        backbone.encode_prompt(prompt, {"*m": torch.zeros(32)})
+
+
+@pytest.mark.parametrize("prompt", ["2 * 2 star", "a star *", "2*2", "", "a *m star, *m"])
+def test_asterisks_that_are_no_pseudo_words(backbone, prompt):
+    backbone.check_prompt(prompt, ["*m"])
+
+
+def test_a_prompt_is_a_string(backbone):
+    with pytest.raises(TypeError, match="not int"):
+        backbone.check_prompt(3, [])
+
+
+def test_an_attributes_word_must_be_one_token(backbone):
+    row = backbone.tokenizer.convert_tokens_to_ids("shape</w>")
+    assert torch.equal(
+        backbone.word_embedding("shape"), backbone.text_encoder.get_input_embeddings().weight[row]
+    )
+    for word in ("zebra", "red star", "", "<|endoftext|>", "é"):
+        with pytest.raises(ValueError, match="not one token"):
+            backbone.word_embedding(word)
+    backbone.add_token("*m")
+    with pytest.raises(ValueError, match="not one token"):
+        backbone.word_embedding("*m")
+
+
+def test_tokens_are_added_once_and_kept_by_saving(backbone, tmp_path):
+    backbone.add_token("*m")
+    size = len(backbone.tokenizer)
+    backbone.add_token("*m")
+    assert len(backbone.tokenizer) == size
+    assert backbone.tokenizer.tokenize("a *m *man") == ["a</w>", "*m", "*</w>", "man</w>"]
+    backbone.save_pretrained(tmp_path)
+    assert Backbone.from_pretrained(tmp_path).tokenizer.tokenize("a *M!") == ["a</w>", "*m", "!</w>"]
+    for token in ("m", "*", "*M", "*m a", "*2"):
+        with pytest.raises(ValueError, match="asterisk and a lower-case name"):
+            backbone.add_token(token)
+
+
+# ---- the image tower
+
+CLIP_CFG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
+    "text_cfg": {"context_length": 8, "vocab_size": 20, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def clip() -> open_clip.CLIP:
+    torch.manual_seed(0)
+    return open_clip.CLIP(**CLIP_CFG).eval()
+
+
+@torch.no_grad()
+def test_the_tower_gives_the_token_open_clip_projects(clip):
+    tower = ImageTower.from_open_clip(clip, CLIP_CFG)
+    assert (tower.config.image_size, tower.config.width) == (16, 64)
+    x = torch.rand(3, 3, 16, 16)
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    )
+    token = tower(2 * x - 1)
+    assert token.shape == (3, 64)
+    torch.testing.assert_close(
+        token @ clip.visual.proj, clip.encode_image((x - mean) / std), rtol=1e-5, atol=1e-5
+    )
+    assert clip.visual.proj is not None  # the model it came from is whole
+
+
+def test_the_tower_resizes_and_survives_saving(clip, tmp_path):
+    tower = ImageTower.from_open_clip(clip, CLIP_CFG)
+    tower.save_pretrained(tmp_path)
+    again = ImageTower.from_pretrained(tmp_path)
+    smooth = torch.linspace(-1, 1, 64)[None, None, :, None].expand(1, 3, 64, 48)
+    assert torch.equal(tower(smooth), again(smooth))
+    small = torch.linspace(-1, 1, 16)[None, None, :, None].expand(1, 3, 16, 16)
+    torch.testing.assert_close(tower(smooth), tower(small), rtol=0.2, atol=0.2)
+
+
+def test_a_tower_it_cannot_hold_is_refused(clip):
+    with pytest.raises(ValueError, match=r"plain vision transformer.*timm_model_name"):
+        ImageTower.from_open_clip(clip, {"embed_dim": 16, "vision_cfg": {"timm_model_name": "convnext"}})
+    with pytest.raises(ValueError, match="knows no model 'ViT-B-33'"):
+        ImageTower.from_open_clip(clip, "ViT-B-33")
+    assert escd.backbone._tower_config("ViT-B-32")["width"] == 768

@@ -1,0 +1,179 @@
+"""Notebooks are thin, committed as they ran, and still say so: papermill runs each once, nbval compares."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import papermill
+import pytest
+from nbformat import NotebookNode
+from nbval import plugin
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER, RUN = ROOT / "notebooks", ROOT / "build" / "notebooks"
+# How many cells of each are compared, at least: the number may grow, and never falls.
+CHECKED = {
+    "01_preliminaries": 6,
+    "02_probing_study": 3,
+    "03_method": 5,
+    "04_training": 3,
+    "05_sliders": 1,
+    "06_figures": 1,
+    "your_image": 1,
+}
+SECONDS = 90  # on two cores that do nothing else
+PATIENCE = 4  # times that, on a machine that does
+
+
+def notebook(name: str) -> NotebookNode:
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def code_cells(nb: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
+def is_checked(cell: NotebookNode) -> bool:
+    return ("check", True) in list(plugin.find_comment_markers(cell.source))
+
+
+def differences(ran: NotebookNode, stored: NotebookNode) -> list[str]:
+    """What nbval finds different in the checked cells of two runs of a notebook, matched by their source."""
+    found = {cell.source: cell.outputs for cell in code_cells(ran)}
+    lines: list[str] = []
+    # nbval compares inside a pytest item of its own; here it is handed what it reads of one.
+    item = SimpleNamespace(
+        colors=plugin.nocolors,
+        sanitize=lambda text: text,
+        comparison_traceback=[],
+        ihook=SimpleNamespace(pytest_assertrepr_compare=lambda **_: []),
+        config=None,
+    )
+    item.format_output_compare = lambda *args: plugin.IPyNbCell.format_output_compare(item, *args)
+    skipped = (
+        "metadata",
+        "traceback",
+        "prompt_number",
+        "output_type",
+        "name",
+        "execution_count",
+        "image/png",
+    )
+    for cell in filter(is_checked, code_cells(stored)):
+        if not plugin.IPyNbCell.compare_outputs(item, found[cell.source], cell.outputs, skipped):
+            lines += [cell.source, *item.comparison_traceback]
+    return lines
+
+
+def run(name: str, parameters: dict[str, str], folder: Path) -> tuple[NotebookNode, float]:
+    """Run a notebook with papermill from another folder than its own: the notebook as it ran, and seconds."""
+    # papermill only warns of a name the notebook does not have, and exits with 0
+    known = papermill.inspect_notebook(str(FOLDER / f"{name}.ipynb"))
+    if unknown := sorted(parameters.keys() - known.keys()):
+        raise ValueError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+    RUN.mkdir(parents=True, exist_ok=True)
+    options = [item for pair in parameters.items() for item in ("-p", *pair)]
+    start = time.perf_counter()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(folder)),
+            *("--execution-timeout", str(PATIENCE * SECONDS), *options),
+            *(str(FOLDER / f"{name}.ipynb"), str(RUN / f"{name}.ipynb")),
+        ],
+        env=os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"},
+        capture_output=True,
+        text=True,
+    )
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr[-6000:]
+    return nbformat.read(RUN / f"{name}.ipynb", as_version=4), seconds
+
+
+def test_the_notebooks_are_those_that_are_checked():
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == CHECKED.keys()
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_notebook_is_thin(name):
+    for cell in code_cells(notebook(name)):
+        tree = ast.parse(cell.source)
+        defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+        assert not [node for node in ast.walk(tree) if isinstance(node, defined)], cell.source
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_parameters_are_literals(name):
+    nb = notebook(name)
+    (cell,) = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", ())]
+    values = {}
+    for statement in ast.parse(cell.source).body:
+        assert isinstance(statement, ast.Assign), cell.source
+        values[statement.targets[0].id] = ast.literal_eval(statement.value)
+    assert values["backbone"] == "mini" and values["scale"] == "quick"
+    assert papermill.inspect_notebook(str(FOLDER / f"{name}.ipynb")).keys() == values.keys()
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_notebook_is_committed_as_it_ran(name):
+    cells = code_cells(notebook(name))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    checked = [cell for cell in cells if is_checked(cell)]
+    assert len(checked) >= CHECKED[name]
+    for cell in checked:  # something is printed to compare, and no progress bar with its times
+        assert [output.name for output in cell.outputs if output.output_type == "stream"] == ["stdout"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    text = (FOLDER / f"{name}.ipynb").read_text()
+    assert not re.findall(r"(?<![\w.])/(?:home|root|Users|tmp|work|mnt|content|opt)/[\w.-]+", text)
+
+
+def test_an_unknown_parameter_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="bakcbone"):
+        run("06_figures", {"bakcbone": "mini"}, tmp_path)
+
+
+def test_a_changed_number_is_noticed():
+    def ran(*lines: str) -> NotebookNode:
+        outputs = [nbformat.v4.new_output("stream", name="stdout", text=line) for line in lines]
+        cell = nbformat.v4.new_code_cell("# NBVAL_CHECK_OUTPUT\nprint(x)", outputs=outputs)
+        free = nbformat.v4.new_code_cell("x", outputs=outputs)
+        return nbformat.v4.new_notebook(cells=[cell, free])
+
+    assert differences(ran("IoU 0.79\n"), ran("IoU 0.79\n")) == []
+    assert "IoU 0.80" in str(differences(ran("IoU 0.80\n"), ran("IoU 0.79\n")))
+    assert differences(ran(), ran("IoU 0.79\n")) != []
+
+
+@pytest.mark.timeout(PATIENCE * SECONDS + 60)
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_notebook_runs_and_says_the_same(name, tmp_path, record_property):
+    # cwd is not the notebook's, and the parameters are handed over rather than left alone
+    ran, seconds = run(name, {"backbone": "mini", "scale": "quick"}, tmp_path)
+    record_property("seconds", round(seconds))
+    print(f"{name}: {seconds:.0f} s of {SECONDS} s")
+    assert differences(ran, notebook(name)) == []
+    assert seconds < PATIENCE * SECONDS
+
+
+def test_nbval_itself_agrees(tmp_path):
+    """The notebook that takes least time, once more, by nbval's own command."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider"),
+            *("--rootdir", str(tmp_path), "-c", os.devnull, "--nbval-cell-timeout", "120"),
+            str(FOLDER / "06_figures.ipynb"),
+        ],
+        env=os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert f"{len(code_cells(notebook('06_figures')))} passed" in done.stdout

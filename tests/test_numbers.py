@@ -1,0 +1,231 @@
+"""Numbers: from records to README and paper, and whether a record that does not come out again is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from escd import numbers, records
+from escd.numbers import CostConfig
+from escd.references import load_references
+from escd.study import (
+    AutoencoderConfig,
+    CompositionConfig,
+    JudgesConfig,
+    ObedienceConfig,
+    StudyConfig,
+    configs,
+)
+from escd.tuning import TuningConfig
+
+LISTED = dataclasses.replace(load_references(), references=load_references().references[:3])
+# how likely a picture of an arm is right: any numbers do, as long as the arms differ
+RIGHT = {
+    "floor": 0.1,
+    "word": 0.3,
+    "encoder": 0.6,
+    "decoder": 0.7,
+    "all": 0.8,
+    "ceiling": 1.0,
+    "ours": 0.5,
+    "reversed": 0.4,
+}
+
+
+def made_up(config) -> dict:
+    """Scores drawn for a config, of the form the study gives them."""
+    if isinstance(config, AutoencoderConfig):
+        return {"images": 4, "psnr": 30.0, "detail": 0.5, "pca_psnr": 24.0, "pca_detail": 0.25}
+    if isinstance(config, JudgesConfig):
+        return {"shape": 0.996, "pattern": 0.997, "background": 1.0, "colours": 0.995}
+    if isinstance(config, ObedienceConfig):
+        return {
+            "shape": 0.8,
+            "pattern": 0.76,
+            "colours": 0.9,
+            "background": 0.96,
+            "all": 0.6,
+            "by_shape": {"star": 0.5},
+        }
+    draw = np.random.default_rng(int(records.key_of(config)[:8], 16))
+    right = RIGHT[config.arm]
+    scores: dict[str, list] = {name: [] for name in ("iou", "combined", "texture_similarity")}
+    for name in ("silhouette", "material", "texture_material", "obeyed_background"):
+        scores[name] = (draw.random(4) < right).tolist()
+    for name in scores:
+        scores[name] = scores[name] or (right * draw.random(4)).tolist()
+    scores["failed"] = [False] * 4
+    if isinstance(config, StudyConfig):
+        asked = ("pattern", "colours") if config.attribute == "shape" else ("shape",)
+        scores |= {f"obeyed_{name}": (draw.random(4) < right).tolist() for name in asked}
+    return {"prompts": ["a *m shape"] * 4, **scores}
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """Records of a study of three references, with made-up scores, and a study that knows their inputs."""
+    stand_in = SimpleNamespace(references=lambda which: LISTED, inputs=lambda config: {"backbone mini": "aa"})
+    monkeypatch.setattr(numbers, "study", lambda: stand_in)
+    monkeypatch.setattr(numbers, "weights_of", lambda backbone: {"backbone mini": "aa"})
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    for config in [*configs(LISTED), *numbers.backbone_configs()]:
+        records.get(config, made_up, inputs=stand_in.inputs(config), device="cpu")
+    for attribute in ("shape", "appearance"):
+        costs = {"steps": 200, "seconds": 31.4, "megabytes": 4.2}
+        config = CostConfig(TuningConfig.of(attribute), load_references(which="development")[0].id)
+        records.get(config, lambda _, costs=costs: costs, inputs={"backbone mini": "aa"}, device="cpu")
+    return tmp_path
+
+
+def test_results_are_of_whole_references(stored):
+    found = numbers.results()
+    assert found.references == 3
+    assert set(found.rows) == {"shape", "appearance", "composition"}
+    assert found.rows["shape"]["encoder"].pictures == 12
+    # without one arm of one reference, that reference does not count
+    path = stored / "study.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    gone = next(line for line in lines if LISTED[0].id in line)
+    path.write_text("".join(line for line in lines if line is not gone))
+    assert numbers.results().references == 2
+    assert all(record.config.get("reference") != LISTED[0].id for record in numbers.results().used)
+
+
+def test_records_of_other_weights_do_not_count(stored, monkeypatch):
+    stand_in = SimpleNamespace(references=lambda which: LISTED, inputs=lambda config: {"backbone mini": "bb"})
+    numbers._results.cache_clear()
+    monkeypatch.setattr(numbers, "study", lambda: stand_in)
+    with pytest.raises(KeyError, match="make study"):
+        numbers.results()
+    numbers._results.cache_clear()
+
+
+def test_the_table_has_every_arm_and_the_intervals(stored):
+    text = numbers.results_table()
+    for arm in numbers.ARMS.values():
+        assert len(re.findall(rf"^\| {re.escape(arm)} \|", text, re.M)) >= 2
+    row = numbers.results().rows["shape"]["encoder"]
+    assert f"{100 * row.transfer['retrieval']:.0f} %" in text
+    assert f"[{row.leakage.low:+.2f}, {row.leakage.high:+.2f}]".replace("-0.00", "+0.00") in text
+
+
+def test_a_contrast_is_between_the_same_pictures(stored):
+    same = numbers.contrast("shape", "encoder", "encoder")
+    assert (same["transfer"].mean, same["leakage"].low, same["leakage"].high) == (0, 0, 0)
+    rows = numbers.results().rows["appearance"]
+    found = numbers.contrast("appearance", "all", "encoder")
+    assert found["transfer"].mean == pytest.approx(
+        rows["all"].transfer["retrieval"] - rows["encoder"].transfer["retrieval"]
+    )
+    assert found["leakage"].mean == pytest.approx(rows["all"].leakage.mean - rows["encoder"].leakage.mean)
+    assert found["transfer"].low < found["transfer"].mean < found["transfer"].high
+
+
+def test_experiments_are_told_apart_by_their_tuning(stored):
+    reference = load_references(which="development")[0].id
+    base = StudyConfig("shape", reference, "floor", list="development")
+    tunings = [TuningConfig.of("shape", steps=steps) for steps in (50, 200)]
+    runs = [base, *(dataclasses.replace(base, kind="customized", tuning=tuning) for tuning in tunings)]
+    for config in runs:
+        records.get(config, made_up, inputs={"backbone mini": "aa"}, device="cpu")
+    tried = numbers.experiments("shape")
+    assert [(tuning.steps, count) for tuning, count, _ in tried] == [(50, 1), (200, 1)]
+    assert tried[0][2].transfer["iou"] == pytest.approx(np.mean(made_up(runs[1])["iou"]))
+    other = StudyConfig(
+        "shape", reference, "customized", TuningConfig.of("shape", steps=9), list="development"
+    )
+    records.get(other, made_up, inputs={"backbone mini": "other weights"}, device="cpu")
+    assert len(numbers.experiments("shape")) == 2
+    assert numbers.experiments("appearance") == []
+    assert numbers.results().references == 3  # and the paper's table is of the evaluation list alone
+
+
+def keys_in(paper: str) -> set[str]:
+    """Keys the paper uses; \\interval{x} stands for the ends of x."""
+    paper = re.sub(r"(?<!\\)%.*", "", paper)
+    paper = re.sub(r"\\newcommand\{\\(interval|escdnum)\}.*", "", paper)
+    ends = {f"{key}_{end}" for key in re.findall(r"\\interval\{([^}#]+)\}", paper) for end in ("low", "high")}
+    return set(re.findall(r"\\escdnum\{([^}#]+)\}", paper)) | ends
+
+
+def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(numbers, "training", lambda backbone="mini": {"unet": {"images": 200_000}})
+    used = keys_in((records.ROOT / "paper" / "main.tex").read_text())
+    assert len(used) > 50
+    values = numbers.numbers()
+    assert used <= values.keys(), sorted(used - values.keys())
+    assert values["backbone.images_seen"] == "200,000"
+    assert values["backbone.judge_accuracy"] == "99.5"
+    assert values["obedience.colour"] == "90"
+    assert values["tuning.shape.seconds"] == "31"
+    row = numbers.results().rows["shape"]["encoder"]
+    assert values["shape.encoder.iou"] == f"{row.transfer['iou']:.2f}"
+    assert values["shape.encoder.leakage"][0] in "+-"
+    assert not [
+        text for text in values.values() if re.search(r"[\\%&#$_{}]", text)
+    ]  # nothing LaTeX would read
+
+    readme, macros = tmp_path / "README.md", tmp_path / "numbers.tex"
+    readme.write_text(f"# Before\n{numbers.BEGIN}\nold\n{numbers.END}\nafter\n")
+    numbers.write_numbers(readme, macros)
+    text = readme.read_text()
+    assert text.startswith("# Before\n") and text.endswith("after\n") and "old" not in text
+    assert f"seen {values['backbone.images_seen']} rendered images" in text
+    assert f"| {numbers.ARMS['encoder']} | {values['shape.encoder.iou']} |" in text
+    numbers.write_numbers(readme, macros)
+    assert readme.read_text() == text
+    assert (
+        rf"\escddef{{shape.encoder.iou}}{{{values['shape.encoder.iou']}}}" in macros.read_text().splitlines()
+    )
+
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="numbers:begin"):
+        numbers.write_numbers(readme, macros)
+
+
+def test_which_records_are_run_again_follows_from_the_commit(stored, monkeypatch):
+    found = records.all("study")
+    chosen = set()
+    for commit in "abcdefgh":
+        monkeypatch.setattr(records, "commit", lambda commit=commit: commit)
+        again = numbers.repeatable(found)
+        assert len(again) == 2 and again == numbers.repeatable(list(reversed(found)))
+        chosen |= {record.key for record in again}
+    assert len(chosen) > 4
+    slow = [dataclasses.replace(record, seconds=61.0) for record in found]
+    elsewhere = [dataclasses.replace(record, device="a GPU") for record in found]
+    assert numbers.repeatable(slow + elsewhere + records.all("composition")) == []
+
+
+def test_a_record_that_does_not_come_out_again_is_noticed(stored):
+    found = records.all("study")
+    record = next(r for r in found if r.config["kind"] == "customized" and r.config["attribute"] == "shape")
+    assert numbers.run_again([record], found, made_up) == []
+    changed = {**record.metrics, "iou": [value + 1e-9 for value in record.metrics["iou"]]}
+    on_this = dataclasses.replace(record, metrics=changed)
+    assert len(numbers.run_again([on_this], found, made_up)) == 1
+    # on another machine a small difference is none, and a large one is
+    on_another = dataclasses.replace(on_this, machine="another")
+    assert numbers.run_again([on_another], found, made_up) == []
+    far = dataclasses.replace(on_another, metrics={**record.metrics, "iou": [5.0] * 4})
+    (line,) = numbers.run_again([far], found, made_up)
+    assert "iou" in line
+
+
+def test_the_study_of_the_check_learns_anew(backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = numbers.FreshStudy(device="cpu")
+    study._backbones["mini"] = backbone
+    tuning = TuningConfig.of("shape", steps=1)
+    learnt = study.learn("shape", LISTED[0], tuning)
+    assert learnt.steps == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_kinds_are_told_apart():
+    assert records.kind_of(CostConfig) == "cost"
+    assert records.kind_of(CompositionConfig) == "composition"

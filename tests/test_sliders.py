@@ -1,0 +1,121 @@
+"""The sliders: the plain function first, then the widget in front of it."""
+
+from __future__ import annotations
+
+import io
+
+import ipywidgets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import escd
+from escd.customization import Customization
+from escd.parts import parameters_of
+from escd.pipeline import ESCDPipeline
+from escd.sliders import render
+
+PROMPT = "a *m shape with *a appearance on a gray background"
+QUICK = {"steps": 5}
+
+
+@pytest.fixture
+def pipe(backbone) -> ESCDPipeline:
+    """A pipeline with a shape and an appearance that change a lot, tuned on nothing."""
+    learnt = {}
+    for seed, attribute in enumerate(escd.ATTRIBUTES.values()):
+        generator = torch.Generator().manual_seed(seed)
+        word = backbone.word_embedding(attribute.word)
+        learnt[attribute.name] = Customization(
+            attribute=attribute,
+            pseudo_word=torch.randn(word.shape, generator=generator),
+            delta={
+                name: 0.1 * torch.randn(w.shape, generator=generator)
+                for name, w in parameters_of(backbone.unet, attribute.part).items()
+            },
+            part=attribute.part,
+            backbone_identity=backbone.identity,
+            backbone_name=backbone.name,
+            steps=1,
+            seed=seed,
+        )
+    pipe = ESCDPipeline(backbone, **learnt)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def differ(one: Image.Image, other: Image.Image) -> bool:
+    return not np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_render_is_a_function_of_its_arguments(pipe):
+    first = render(pipe, PROMPT, **QUICK)
+    assert not differ(first, render(pipe, PROMPT, **QUICK))
+    assert differ(first, render(pipe, PROMPT, seed=1, **QUICK))
+    assert differ(first, render(pipe, PROMPT, shape_strength=0.5, **QUICK))
+    assert differ(first, render(pipe, PROMPT, appearance_strength=0.5, **QUICK))
+    assert differ(first, render(pipe, PROMPT, guidance_scale=1.0, **QUICK))
+    assert differ(first, render(pipe, PROMPT, steps=6))
+    direct = pipe(PROMPT, num_inference_steps=5, generator=torch.Generator().manual_seed(0)).images[0]
+    assert not differ(first, direct)
+
+
+def test_no_strength_is_the_plain_words(pipe):
+    plain = render(pipe, "a shape shape with appearance appearance on a gray background", **QUICK)
+    assert not differ(render(pipe, PROMPT, shape_strength=0, appearance_strength=0, **QUICK), plain)
+
+
+def parts_of(box: ipywidgets.VBox) -> tuple[dict[str, ipywidgets.Widget], ipywidgets.HTML, ipywidgets.Image]:
+    *controls, said, picture = box.children
+    return {control.description: control for control in controls}, said, picture
+
+
+def shown(picture: ipywidgets.Image) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(picture.value)))
+
+
+def test_moving_a_slider_draws_what_render_draws(pipe):
+    controls, said, picture = parts_of(escd.attribute_sliders(pipe, PROMPT, size=64, **QUICK))
+    assert set(controls) == {"prompt", "shape", "appearance", "seed", "steps"}
+    assert said.value == ""
+
+    def expected(**arguments) -> np.ndarray:
+        image = render(pipe, **{"prompt": PROMPT, **QUICK, **arguments})
+        return np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC))
+
+    assert np.array_equal(shown(picture), expected())
+    controls["shape"].value = 0.5
+    assert np.array_equal(shown(picture), expected(shape_strength=0.5))
+    controls["appearance"].value = 0.25
+    assert np.array_equal(shown(picture), expected(shape_strength=0.5, appearance_strength=0.25))
+    controls["seed"].value = 3
+    # as the browser sends it
+    controls["prompt"].set_state({"value": "a *m shape"})
+    assert np.array_equal(
+        shown(picture), expected(prompt="a *m shape", shape_strength=0.5, appearance_strength=0.25, seed=3)
+    )
+
+
+def test_an_error_is_shown_and_raised(pipe):
+    controls, said, picture = parts_of(escd.attribute_sliders(pipe, PROMPT, size=64, **QUICK))
+    before = picture.value
+    with pytest.raises(ValueError, match=r"\*b"):
+        controls["prompt"].value = "a *b shape on a <gray> background"
+    assert "ValueError" in said.value and "*b" in said.value
+    assert picture.value == before
+    controls["prompt"].value = "a star"
+    assert said.value == "" and picture.value != before
+
+
+def test_what_is_wrong_at_first_is_raised_at_once(pipe):
+    with pytest.raises(ValueError, match=r"\*b"):
+        escd.attribute_sliders(pipe, "a *b shape", **QUICK)
+
+
+def test_the_widget_works_without_extensions(pipe):
+    box = escd.attribute_sliders(pipe, PROMPT, **QUICK)
+    for widget in (box, *box.children):
+        assert type(widget).__module__.startswith("ipywidgets.widgets")
+        # a slider that draws while it is dragged draws a hundred images
+        assert getattr(widget, "continuous_update", False) is False

@@ -1,0 +1,261 @@
+"""The protocol, on a tiny backbone with random weights and on scores whose table is known."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from escd import judges, records, study
+from escd.judges import Judge, Judges
+from escd.references import load_references
+from escd.study import AutoencoderConfig, CompositionConfig, ObedienceConfig, StudyConfig, prompts_for
+from escd.tuning import TuningConfig
+from escd.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
+
+
+@pytest.fixture(scope="module")
+def listed():
+    return load_references(which="development")
+
+
+@pytest.fixture
+def made(backbone, monkeypatch, tmp_path) -> study.Study:
+    """A study of the tiny backbone with judges that have learnt nothing."""
+    torch.manual_seed(0)
+    untrained = Judges(Judge().eval().requires_grad_(False))
+    monkeypatch.setattr(study, "_judges", lambda: untrained)
+    monkeypatch.setattr(study, "load_backbone", lambda name, device: backbone)
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
+    (tmp_path / "weights" / "judges").mkdir(parents=True)
+    monkeypatch.setattr(study, "WEIGHTS", tmp_path / "weights")
+    return study.Study()
+
+
+SHORT = {"list": "development", "backbone": "tiny", "sampler_steps": 2}
+
+
+# ---- prompts
+
+
+def test_prompts_ask_for_something_else(listed):
+    for reference in listed:
+        for one in prompts_for(reference, "shape"):
+            look = f"{one.pattern} {' and '.join(one.colours)}"
+            assert one.text == f"a *m shape with {look} appearance on a {one.background} background"
+            assert one.pattern in PATTERNS
+            assert set(one.colours) <= set(study.other_colours(reference.material.tile))
+            assert len(one.colours) == len(set(one.colours)) == (1 if one.pattern == "solid" else 2)
+            assert one.background in BACKGROUNDS and one.background != reference.background
+        asked = prompts_for(reference, "appearance")
+        assert len({one.shape for one in asked}) == 4
+        for one in asked:
+            assert one.shape in study.other_shapes(reference.mask) and one.background != reference.background
+            assert "*a" in one.text and "*m" not in one.text
+        assert prompts_for(reference, "shape") == prompts_for(reference, "shape")
+    assert prompts_for(listed[0], "shape") != prompts_for(listed[1], "shape")
+    with pytest.raises(ValueError, match="not for 'mood'"):
+        prompts_for(listed[0], "mood")
+
+
+def test_prompts_of_a_pair_avoid_both_backgrounds(listed):
+    for first, second in zip(listed, [*listed][1:], strict=False):
+        for one in study.prompts_for_pair(first, second):
+            assert one.background not in (first.background, second.background)
+            assert one.shape is one.pattern is one.colours is None
+
+
+def test_other_colours_and_shapes():
+    red = torch.tensor([0.86, 0.1, 0.1])[:, None, None].expand(3, 64, 64)
+    assert set(COLOURS) - set(study.other_colours(red)) == {"red"}
+    star = study.named_outlines()[3 * SHAPES.index("star")]
+    assert "star" not in study.other_shapes(star) and "ring" in study.other_shapes(star)
+
+
+def test_named_prompts_cover_everything_evenly():
+    asked = study.named_prompts(512, seed=0)
+    assert asked == study.named_prompts(512, seed=0) != study.named_prompts(512, seed=1)
+    for names, attribute in ((SHAPES, "shape"), (PATTERNS, "pattern"), (BACKGROUNDS, "background")):
+        counts = [sum(getattr(one, attribute) == name for one in asked) for name in names]
+        assert min(counts) > 0.5 * len(asked) / len(names)
+
+
+# ---- scores
+
+
+def test_right_answers_score_as_right(listed, backbone, monkeypatch):
+    """Without an autoencoder in between, what a prompt asks for is found by every measure."""
+    monkeypatch.setattr(type(backbone), "encode_images", lambda self, images: images)
+    monkeypatch.setattr(type(backbone), "decode_latents", lambda self, latents: latents)
+    monkeypatch.setattr(type(backbone), "image_size", 64)
+    found = {"shape": [], "appearance": []}
+    for reference in listed.references[:4]:
+        for mode in found:
+            asked = prompts_for(reference, mode)
+            images = study.right_answers(asked, reference, reference, backbone)
+            scores = study.score_images(images, asked, reference, reference, listed, judges.load_judges())
+            assert not any(scores["failed"])
+            found[mode].append(scores)
+    shape = {name: np.mean([s[name] for s in found["shape"]]) for name in found["shape"][0]}
+    look = {name: np.mean([s[name] for s in found["appearance"]]) for name in found["appearance"][0]}
+    print(shape, look)
+    assert shape["iou"] > 0.9 and shape["silhouette"] >= 0.9 and look["material"] >= 0.9
+    assert look["iou"] < 0.7 and shape["texture_similarity"] < look["texture_similarity"]
+    for name in ("pattern", "colours", "background"):
+        assert shape[f"obeyed_{name}"] >= 0.8, name
+    assert look["obeyed_shape"] >= 0.9 and look["obeyed_background"] >= 0.9
+
+
+def test_a_picture_without_foreground_has_no_scores(listed):
+    plain = torch.full((1, 3, 64, 64), 0.1)
+    one = study.Asked("", "gray", shape="star")
+    scores = study.score_images(plain, [one], listed[0], listed[0], listed, judges.load_judges())
+    assert scores["failed"] == [True] and scores["iou"] == [None] and scores["material"] == [None]
+    assert scores["obeyed_shape"] == [False]
+
+
+def test_runs_are_scored_stored_and_repeat(made, listed, tmp_path):
+    tuning = TuningConfig.of("shape", "encoder", steps=2, views=4)
+    config = StudyConfig("shape", listed[0].id, "customized", tuning, **SHORT)
+    record = made.run(config, tmp_path)
+    assert len(record.metrics["failed"]) == study.PROMPTS and record.metrics["megabytes"] > 0
+    assert {"obeyed_pattern", "obeyed_colours", "obeyed_background"} <= record.metrics.keys()
+    assert made.run(config, tmp_path) == record  # stored
+    assert made.score(config) == record.metrics  # from the kept customization, to the bit
+    for kept in (tmp_path / "runs").iterdir():
+        kept.unlink()
+    assert made.score(config) == record.metrics  # learnt again, to the bit
+    assert f"references {config.list}" in record.inputs and "judges" in record.inputs
+
+
+def test_the_floor_is_the_untouched_backbone(made, listed, backbone):
+    config = StudyConfig("shape", listed[0].id, "floor", **SHORT)
+    texts = [one.text.replace("*m", "shape") for one in prompts_for(listed[0], "shape")]
+    pipe = study._quiet(study.ESCDPipeline(backbone))
+    images = study.generate(pipe, texts, 0, 2, 4.0)
+    expected = study.score_images(
+        images, prompts_for(listed[0], "shape"), listed[0], listed[0], listed, made.judges()
+    )
+    scores = made.score(config)
+    assert {name: scores[name] for name in expected} == expected
+
+
+def test_compositions_and_other_kinds(made, listed):
+    word = {a: TuningConfig.of(a, "none", steps=0) for a in ("shape", "appearance")}
+    pair = CompositionConfig(
+        listed[0].id, listed[1].id, "customized", word["shape"], word["appearance"], **SHORT
+    )
+    assert pair.arm == "word"
+    scores = made.score(pair)
+    assert len(scores["prompts"]) == study.PROMPTS and "obeyed_background" in scores
+    assert "obeyed_shape" not in scores
+    ceiling = made.score(StudyConfig("appearance", listed[0].id, "ceiling", **SHORT))
+    assert "obeyed_shape" in ceiling
+    obedience = made.score(ObedienceConfig(prompts=6, backbone="tiny", sampler_steps=2))
+    assert all(0 <= obedience[name] <= 1 for name in ("shape", "pattern", "colours", "background", "all"))
+    with pytest.raises(ValueError, match="says how it was tuned"):
+        StudyConfig("shape", listed[0].id, "customized").arm  # noqa: B018
+    with pytest.raises(ValueError, match="needs a folder"):
+        made.references("folder")
+
+
+def test_the_grid(listed):
+    two = dataclasses.replace(listed, references=listed.references[:2])
+    grid = study.configs(two)
+    assert len({records.key_of(config) for config in grid}) == len(grid) == 2 * 2 * 6 + 2 * 4
+    assert {c.arm for c in grid if isinstance(c, StudyConfig)} == {
+        "floor", "word", "encoder", "decoder", "all", "ceiling"
+    }  # fmt: skip
+    pairs = {c.arm for c in grid if isinstance(c, CompositionConfig)}
+    assert pairs == {"floor", "ours", "reversed", "ceiling"}
+    for config in grid:
+        assert records.config_of(as_record(config, {}), type(config)) == config
+
+
+# ---- the table
+
+
+def as_record(config, metrics):
+    return records.Record(
+        kind=records.kind_of(config), key=records.key_of(config), config=records.as_json(config),
+        seed=config.seed, metrics=metrics, inputs={}, seconds=1.0, device="cpu", machine="",
+        instruction_set="", threads=1, versions={}, commit=None,
+    )  # fmt: skip
+
+
+def scores(failed=(False, False), **changes):
+    values = {
+        "iou": 0.8, "silhouette": True, "colour": 5.0, "texture": 0.1, "combined": 8.0, "material": True,
+        "texture_material": False, "texture_similarity": 0.4, "obeyed_background": True,
+    } | changes  # fmt: skip
+    return {"failed": list(failed)} | {
+        name: [None if bad and not name.startswith("obeyed") else value for bad in failed]
+        for name, value in values.items()
+    }
+
+
+def test_a_failed_mask_is_a_miss_and_a_leak():
+    tuning = TuningConfig.of("shape", "encoder")
+    floor = StudyConfig("shape", "a/b", "floor")
+    tuned = dataclasses.replace(floor, kind="customized", tuning=tuning)
+    rows = study.table([
+        as_record(floor, scores(texture_similarity=0.2, iou=0.5)),
+        as_record(tuned, scores(failed=(False, True), texture_similarity=0.3)),
+    ])["shape"]  # fmt: skip
+    assert rows["encoder"].transfer == {"iou": 0.4, "retrieval": 0.5}
+    assert rows["encoder"].leakage.mean == pytest.approx(((0.3 - 0.2) + (1.0 - 0.2)) / 2)
+    assert rows["encoder"].leaked == 0.5 and rows["encoder"].failed == 0.5
+    assert rows["floor"].leakage is None and rows["floor"].leaked == 0.0
+    assert "shape" in study.show({"shape": rows})
+
+
+def test_leakage_of_shape_in_appearance_mode_and_a_missing_floor():
+    tuning = TuningConfig.of("appearance", "decoder")
+    floor = StudyConfig("appearance", "a/b", "floor")
+    tuned = dataclasses.replace(floor, kind="customized", tuning=tuning)
+    records_of = [as_record(floor, scores(iou=0.5)), as_record(tuned, scores(iou=0.7))]
+    row = study.table(records_of)["appearance"]["decoder"]
+    assert row.leakage.mean == pytest.approx(0.2) and row.transfer == {"retrieval": 1.0, "distance": 8.0}
+    with pytest.raises(KeyError, match="no floor"):
+        study.table(records_of[1:])
+
+
+def test_a_composition_counts_where_both_are_right():
+    tunings = TuningConfig.of("shape", "encoder"), TuningConfig.of("appearance", "decoder")
+    config = CompositionConfig("a/b", "c/d", "customized", *tunings)
+    metrics = scores() | {"silhouette": [True, False], "material": [True, True]}
+    row = study.table([as_record(config, metrics)])["composition"]["ours"]
+    assert row.transfer["both"] == row.transfer["silhouette"] == 0.5 and row.transfer["material"] == 1.0
+    assert row.leakage is None
+
+
+# ---- the autoencoder
+
+
+def test_the_linear_code_is_the_best_of_its_rate():
+    torch.manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(12, 3, 8, 8), (64, 64), mode="bicubic") * 2 - 1
+    made = study.linear_code(smooth[:4], smooth[4:])
+    assert made.shape == (4, 3, 64, 64)
+    assert (made - smooth[:4]).square().mean() < 0.02 * smooth.var()
+    noise = torch.rand(4, 3, 64, 64) * 2 - 1
+    # 16 of 192 numbers hold a twelfth of white noise
+    kept = 1 - (study.linear_code(noise, noise) - noise).square().mean() / noise.square().mean()
+    assert 1 / 12 < kept < 0.25
+
+
+def test_autoencoder_scores_and_sets(made):
+    sets = study.image_sets()
+    assert set(sets) == {"world", "photographs", "tiles"}
+    for images, others in sets.values():
+        assert images.shape[1:] == others.shape[1:] == (3, 64, 64) and images.abs().max() <= 1
+    images, others = sets["tiles"]
+    result = study.autoencoder_scores(made.backbone("tiny").vae, images[:8], others)
+    assert result["psnr"] < result["pca_psnr"] and 0 < result["pca_detail"] < 1
+    assert AutoencoderConfig("tiles") != AutoencoderConfig("world")
+
+
+def test_fine_energy_is_that_of_fine_detail():
+    x = torch.arange(64).float()
+    fine, coarse = (torch.cos(2 * np.pi * f * x).expand(1, 3, 64, 64) for f in (24 / 64, 4 / 64))
+    assert study._fine_energy(fine)[0] > 1e6 * study._fine_energy(coarse)[0]

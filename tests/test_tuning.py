@@ -1,0 +1,181 @@
+"""Stages 2 and 3: the filters, the tuning loop and what it leaves alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import escd
+from escd.fusion import AttributeFilter, pseudo_word
+from escd.parts import names_of
+from escd.tuning import NO_PART, TuningConfig, recoloured, reshaped, views_of
+
+
+@pytest.fixture()
+def picture(backbone):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(3, backbone.image_size, backbone.image_size, generator=generator) * 2 - 1
+
+
+def quick(attribute, part=None, **changes):
+    return TuningConfig.of(attribute, part, **{"steps": 3, "batch_size": 2, "views": 4, **changes})
+
+
+def test_a_new_filter_gives_the_words_own_embedding(backbone):
+    new = AttributeFilter.for_backbone(backbone)
+    word = backbone.word_embedding("shape")
+    embeds_ref = torch.randn(3, new.config.cls_width + new.config.down_width)
+    assert torch.equal(new(embeds_ref, word), word.expand(3, -1))
+    torch.nn.init.normal_(new.fuse[-1].weight)
+    moved = new(embeds_ref, word)
+    assert not torch.allclose(moved[0], moved[1]) and not torch.allclose(moved[0], word)
+    assert not torch.allclose(
+        new(embeds_ref, backbone.word_embedding("texture")) - backbone.word_embedding("texture"), moved - word
+    )
+    with pytest.raises(ValueError, match="wide"):
+        new(torch.randn(1, 7), word)
+
+
+def test_pseudo_word_uses_the_shipped_filter(backbone, picture, monkeypatch):
+    attribute = escd.ATTRIBUTES["shape"]
+    word = backbone.word_embedding("shape")
+    monkeypatch.setattr(backbone, "filters", {})
+    assert torch.equal(pseudo_word(backbone, picture[None], attribute)[0], word)
+    trained = AttributeFilter.for_backbone(backbone)
+    torch.nn.init.normal_(trained.fuse[-1].weight)
+    monkeypatch.setattr(backbone, "filters", {"shape": trained})
+    assert not torch.allclose(pseudo_word(backbone, picture[None], attribute)[0], word)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "part"),
+    [("shape", "encoder"), ("appearance", "decoder"), ("shape", "all"), ("shape", "up.1/attn2")],
+)
+def test_only_the_named_part_changes(backbone, picture, attribute, part):
+    before = {n: p.clone() for n, p in backbone.unet.named_parameters()}
+    c = escd.customize(picture, attribute, backbone, config=quick(attribute, part), progress=False)
+    assert set(c.delta) == set(names_of(backbone.unet, part)) and c.part == part
+    assert sum(float(d.float().abs().sum()) for d in c.delta.values()) > 0
+    assert not torch.equal(c.pseudo_word, backbone.word_embedding(attribute))
+    assert all(torch.equal(p, before[n]) for n, p in backbone.unet.named_parameters())
+    assert all(p.grad is None and not p.requires_grad for p in backbone.unet.parameters())
+    assert all(p.grad is None for p in backbone.text_encoder.parameters())
+
+
+def test_defaults_follow_the_source():
+    assert TuningConfig.of("shape").part == "encoder" and TuningConfig.of("appearance").part == "decoder"
+    own = escd.Attribute("texture", word="texture", token="*t", part="decoder")
+    assert (
+        TuningConfig.of(own).recipe == "appearance" and TuningConfig.of(own, "down.1/attn2").learning_rate > 0
+    )
+
+
+def test_halves_share_no_parameter(backbone, picture):
+    shape = escd.customize(picture, "shape", backbone, config=quick("shape"), progress=False)
+    look = escd.customize(picture, "appearance", backbone, config=quick("appearance"), progress=False)
+    assert not set(shape.delta) & set(look.delta)
+
+
+def test_zero_steps_and_no_part(backbone, picture):
+    untuned = escd.customize(picture, "shape", backbone, steps=0)
+    assert untuned.delta == {} and untuned.steps == 0
+    word_only = escd.customize(picture, "shape", backbone, config=quick("shape", NO_PART), progress=False)
+    assert word_only.delta == {} and word_only.steps == 3
+    assert not torch.equal(word_only.pseudo_word, untuned.pseudo_word)
+    escd.ESCDPipeline(backbone, shape=word_only)
+
+
+def test_the_same_seed_is_the_same_customization(backbone, picture):
+    a, b, c = (
+        escd.customize(picture, "shape", backbone, config=quick("shape", seed=s), progress=False)
+        for s in (1, 1, 2)
+    )
+    assert a.losses == b.losses and torch.equal(a.pseudo_word, b.pseudo_word)
+    assert all(torch.equal(a.delta[n], b.delta[n]) for n in a.delta)
+    assert a.losses != c.losses
+
+
+def test_tuning_learns_the_reference(backbone):
+    # One flat picture, many steps: the loss must fall by far more than noise.
+    flat = torch.full((3, backbone.image_size, backbone.image_size), 0.5)
+    config = quick(
+        "appearance",
+        "all",
+        steps=40,
+        batch_size=4,
+        augmentation=0.0,
+        learning_rate=1e-2,
+        word_learning_rate=0.05,
+    )
+    losses = escd.customize(flat, "appearance", backbone, config=config, progress=False).losses
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_interrupted_tuning_keeps_what_it_has(backbone, picture):
+    def stop(step, loss):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="after 2 of 3"):
+        kept = escd.customize(
+            picture, "shape", backbone, config=quick("shape"), callback=stop, progress=False
+        )
+    assert kept.steps == 2 and kept.delta
+    ended = escd.customize(
+        picture, "shape", backbone, config=quick("shape"), callback=lambda s, loss: s == 1, progress=False
+    )
+    assert ended.steps == 1
+
+
+def test_a_mask_confines_the_loss(backbone, picture):
+    size = backbone.image_size
+    mask = torch.zeros(1, size, size)
+    mask[:, : size // 2] = 1
+    config = quick("shape", augmentation=0.0)
+    seen, weight = views_of(picture, mask, config)
+    assert torch.equal(weight[0], mask) and torch.equal(seen[0], picture)
+    a = escd.customize(picture, "shape", backbone, mask=mask, config=config, progress=False)
+    b = escd.customize(picture, "shape", backbone, config=config, progress=False)
+    assert a.losses != b.losses
+    with pytest.raises(ValueError, match="mask"):
+        escd.customize(picture, "shape", backbone, mask=torch.zeros(1, size, size), progress=False)
+
+
+def test_augmentations_change_only_the_other_attribute():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.full((1, 3, 32, 32), -0.8)
+    image[:, :, 8:24, 8:24] = 0.6
+    changed = recoloured(image.expand(8, -1, -1, -1), generator)
+    inside, outside = changed[:, :, 10:22, 10:22], changed[:, :, :6, :6]
+    assert torch.allclose(inside.std((2, 3)), torch.zeros(8, 3), atol=1e-6), "recolouring moved the outline"
+    assert (inside.mean((2, 3)) - outside.mean((2, 3))).abs().amax(1).min() > 0.05, "the object vanished"
+    bent, masks = reshaped(image.expand(8, -1, -1, -1), torch.ones(8, 1, 32, 32), generator)
+    assert bent.min() >= -0.81 and bent.max() <= 0.61 and masks.min() > 0.99
+    assert not torch.equal(bent[0], bent[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"steps": -1}, ValueError),
+        ({"steps": 2.5}, TypeError),
+        ({"steps": True}, TypeError),
+        ({"learning_rate": 0.0}, ValueError),
+        ({"learning_rate": float("nan")}, ValueError),
+        ({"part": "sideways"}, ValueError),
+        ({"seed": "x"}, TypeError),
+    ],
+)
+def test_bad_numbers_are_refused(backbone, picture, changes, error):
+    with pytest.raises(error):
+        escd.customize(picture, "shape", backbone, progress=False, **changes)
+
+
+def test_unknown_attribute_is_refused_with_the_known_ones(backbone, picture):
+    with pytest.raises(ValueError, match="shape, appearance"):
+        escd.customize(picture, "colour", backbone)
+    with pytest.raises(ValueError, match="configuration is for"):
+        escd.customize(picture, "shape", backbone, config=quick("appearance"))
+    odd = escd.Attribute("odd", word="unpronounceable", token="*o", part="decoder")
+    with pytest.raises(ValueError, match="token"):
+        escd.customize(picture, odd, backbone)
