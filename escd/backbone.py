@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers import __version__ as diffusers_version
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.training_utils import compute_snr
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, get_model_config
@@ -33,6 +34,8 @@ from torch import Tensor, nn
 from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 from .fusion import AttributeFilter
+
+SNR_CEILING = 5.0
 
 
 @dataclass(frozen=True)
@@ -452,6 +455,27 @@ def load_backbone(
         name=name if name in MODELS or model.repository else None,
     )
     return backbone.to(device or choose_device())
+
+
+def target_of(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What a UNet is to predict at time steps t (B,): the noise (B, C, h, w), or the velocity (Eq. 2)."""
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return scheduler.get_velocity(x_0, noise, t)
+    raise ValueError(f"a UNet that predicts {kind!r} cannot be trained here; known: epsilon, v_prediction")
+
+
+def loss_weight(scheduler: DDIMScheduler, t: Tensor) -> Tensor:
+    """The weight (B,) of the squared error at time steps t (B,): 1 where the noise is predicted (Eq. 2).
+
+    A velocity's error at little noise says nothing of the picture and would drown the rest: it is weighted
+    down from the signal-to-noise ratio SNR_CEILING on, a soft form of min-SNR (Hang et al. 2023).
+    """
+    if scheduler.config.prediction_type == "epsilon":
+        return torch.ones(t.shape, device=t.device)
+    return SNR_CEILING / (compute_snr(scheduler, t) + SNR_CEILING)
 
 
 def choose_device() -> torch.device:

@@ -345,8 +345,8 @@ def diagram_filter() -> Drawing:
     sizes = (backbone.filters.get("shape") or AttributeFilter.for_backbone(backbone)).config
     canvas = Canvas(COLUMN, 1.72)
     inputs = (
-        (1.42, "CLS", sizes.cls_width, "norm, linear", TOWER),
-        (0.86, "$F_{down}$", sizes.down_width, "norm, linear\nleaky ReLU, linear", FROZEN),
+        (1.42, "CLS", sizes.cls_width, "standardise, linear", TOWER),
+        (0.86, "$F_{down}$", sizes.down_width, "standardise, linear\nleaky ReLU, linear", FROZEN),
         (0.30, "$e(w)$", sizes.word_width, "norm, linear", TINTS[SHAPE]),
     )
     for y, name, length, layers, fill in inputs:

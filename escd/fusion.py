@@ -36,9 +36,12 @@ class AttributeFilter(ModelMixin, ConfigMixin):
         grids: tuple[int, ...] = GRIDS,
     ) -> None:
         super().__init__()
-        self.project_cls = nn.Sequential(nn.LayerNorm(cls_width), nn.Linear(cls_width, hidden))
+        # What one feature varies by from image to image, another has as its least: see `standardise`.
+        self.register_buffer("mean", torch.zeros(cls_width + down_width))
+        self.register_buffer("deviation", torch.ones(cls_width + down_width))
+        self.project_cls = nn.Linear(cls_width, hidden)
         self.project_down = nn.Sequential(
-            nn.LayerNorm(down_width), nn.Linear(down_width, hidden), nn.LeakyReLU(), nn.Linear(hidden, hidden)
+            nn.Linear(down_width, hidden), nn.LeakyReLU(), nn.Linear(hidden, hidden)
         )
         self.project_word = nn.Sequential(nn.LayerNorm(word_width), nn.Linear(word_width, hidden))
         self.fuse = nn.Sequential(
@@ -59,6 +62,16 @@ class AttributeFilter(ModelMixin, ConfigMixin):
         cls_width, down_width = feature_widths(backbone, grids)
         return cls(cls_width, down_width, backbone.text_encoder.config.hidden_size, hidden, grids)
 
+    @torch.no_grad()
+    def standardise(self, embeds_ref: Tensor) -> None:
+        """Take the mean and the deviation of each feature from embeds_ref (N, W) of many images.
+
+        Most of a pooled feature is the same for every image; normalised as a whole, embeds_ref hardly shows
+        what an image has of its own.
+        """
+        self.mean.copy_(embeds_ref.mean(0))
+        self.deviation.copy_(embeds_ref.std(0).clamp(min=1e-3))
+
     def forward(self, embeds_ref: Tensor, word_embedding: Tensor) -> Tensor:
         """Pseudo-word embeddings (B, D) from embeds_ref (B, W) and the word's embedding e (D,): Eq. 5."""
         if embeds_ref.shape[-1] != self.config.cls_width + self.config.down_width:
@@ -66,7 +79,9 @@ class AttributeFilter(ModelMixin, ConfigMixin):
                 f"embeds_ref is {embeds_ref.shape[-1]} wide; this filter reads "
                 f"{self.config.cls_width} + {self.config.down_width}"
             )
-        cls, down = embeds_ref.to(self.dtype).split([self.config.cls_width, self.config.down_width], -1)
+        # An image unlike any of those goes as far out as the unlikeliest of them, and no farther.
+        features = ((embeds_ref.to(self.dtype) - self.mean) / self.deviation).clamp(-4, 4)  # (B, W)
+        cls, down = features.split([self.config.cls_width, self.config.down_width], -1)
         word = word_embedding.to(self.dtype).expand(len(embeds_ref), -1)  # (B, D)
         merged = torch.cat(
             [self.project_cls(cls), self.project_down(down), self.project_word(word)], -1

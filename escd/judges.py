@@ -434,6 +434,7 @@ class JudgeStage:
     def __init__(self, device: torch.device, vae: Path) -> None:
         torch.manual_seed(self.loop.seed)  # the backbone's stages start from other seeds
         self.module = JudgedLoss()
+        self.heavy: list[nn.Module] = []
         self.world = World(seed=15, named_shapes=0.5, named_appearances=0.5, device=device)
         self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).to(device).eval()
         self.vae.requires_grad_(False)

@@ -250,10 +250,19 @@ def _interval(leakage: Interval | None) -> str:
 # numbers by name
 
 
+# The stages of pretraining, in the order they are trained in.
+STAGES = ("autoencoder", "words", "unet", "towers", "filters")
+
+
 def training(backbone: str = "mini") -> dict[str, dict]:
     """The account of how a shipped backbone was trained: stage -> configuration, cost, scores, loss curve."""
     account = json.loads((backbones.MODELS[backbone].folder / "training.json").read_text())
-    return {stage: account[stage] for stage in ("autoencoder", "towers", "unet", "filters")}
+    return {stage: account[stage] for stage in STAGES}
+
+
+def images_seen(record: Mapping[str, Any]) -> int:
+    """Images a stage has seen, with those of the trainings it went on from."""
+    return record["images"] + sum(one["images"] for one in record.get("earlier", ()))
 
 
 def numbers() -> dict[str, str]:
@@ -266,7 +275,7 @@ def numbers() -> dict[str, str]:
     found = results()
     autoencoders, (judges, obedience) = _backbone_records()
     values = {
-        "backbone.images_seen": f"{training()['unet']['images']:,}",
+        "backbone.images_seen": f"{images_seen(training()['unet']):,}",
         "backbone.parameters_m": f"{sum(_parameters(path) for path in weights) / 1e6:.1f}",
         "backbone.mb": f"{sum(path.stat().st_size for path in weights) / 1e6:.0f}",
         # of the head that is right least often

@@ -252,11 +252,12 @@ class ESCDPipeline(DiffusionPipeline):
         extra = {"generator": generator} if takes_generator else {}
         for i, t in enumerate(self.scheduler.timesteps):
             x_in = self.scheduler.scale_model_input(torch.cat([x_t] * len(embeds)), t)
-            epsilon = self.unet(x_in, t, encoder_hidden_states=torch.cat(list(embeds.values()))).sample
+            # the noise, or the velocity: the scheduler knows which
+            predicted = self.unet(x_in, t, encoder_hidden_states=torch.cat(list(embeds.values()))).sample
             if len(embeds) == 2:
-                unguided, prompted = epsilon.chunk(2)
-                epsilon = unguided + guidance_scale * (prompted - unguided)
-            x_t = self.scheduler.step(epsilon, t, x_t, **extra).prev_sample
+                unguided, prompted = predicted.chunk(2)
+                predicted = unguided + guidance_scale * (prompted - unguided)
+            x_t = self.scheduler.step(predicted, t, x_t, **extra).prev_sample
             if callback is not None:
                 tensors = {"latents": x_t, **embeds}
                 tensors |= callback(self, i, t, {k: tensors[k] for k in tensor_inputs if k in tensors}) or {}

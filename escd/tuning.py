@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .backbone import Backbone
+from .backbone import Backbone, loss_weight, target_of
 from .customization import Attribute, Customization, resolve_attribute
 from .fusion import pseudo_word
 from .images import Source, open_image_and_mask
@@ -41,10 +41,10 @@ PROMPTS = {
 # Learning rate and steps for each half of the UNet. The halves differ in size and depth, so one rate for both
 # would compare rates, not halves.
 RATES = {
-    "shape": {"encoder": 5e-4, "decoder": 3e-4, "all": 2e-4},
-    "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
+    "shape": {"encoder": 1e-3, "decoder": 5e-4, "all": 5e-4},
+    "appearance": {"encoder": 3e-4, "decoder": 1e-4, "all": 1e-4},
 }
-STEPS = {"shape": 200, "appearance": 120}
+STEPS = {"shape": 300, "appearance": 80}
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TuningConfig:
     # How many differently augmented views of the reference are encoded, once, before the first step.
     views: int = 64
     # Share of the views in which the other attribute is changed.
-    augmentation: float = 0.75
+    augmentation: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -248,7 +248,6 @@ def _tune(
     # All draws come from one generator on the CPU: the same seed is the same run on every device.
     generator = torch.Generator().manual_seed(config.seed)
     timesteps = backbone.scheduler.config.num_train_timesteps
-    velocity = backbone.scheduler.config.prediction_type == "v_prediction"
     bar = tqdm(
         range(config.steps), desc=f"{attribute.name} ({config.part})", unit="step", disable=not progress
     )
@@ -271,14 +270,14 @@ def _tune(
                     ).tolist()
                 ]
                 x_t = backbone.scheduler.add_noise(x_0, noise, t)
-                target = backbone.scheduler.get_velocity(x_0, noise, t) if velocity else noise
+                target = target_of(backbone.scheduler, x_0, noise, t)
                 text = backbone.encode_prompt(words, {attribute.token: v})
                 # Eq. 6: only the part's weights and the pseudo-word learn; everything else is a constant.
                 out = functional_call(
                     unet, weights, (x_t.to(unet.dtype), t), {"encoder_hidden_states": text.to(unet.dtype)}
                 ).sample
-                error = (out.float() - target).square() * inside_t
-                loss = error.mean() / inside_t.mean()
+                weight = loss_weight(backbone.scheduler, t)[:, None, None, None] * inside_t
+                loss = ((out.float() - target).square() * weight).mean() / inside_t.mean()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -167,7 +167,7 @@ def test_images_are_made_once_and_kept_with_their_record(stored, monkeypatch):
 def test_a_process_begins_and_ends_where_the_pipeline_does(stored, backbone, monkeypatch):
     monkeypatch.setattr(draw, "World", lambda seed: escd.World(seed=seed))
     config = draw.ProcessConfig("a star", sample=3, shown=(2, 1, 0), steps=2)
-    # the tiny backbone takes pictures of the world at 64 px as well: its latents are larger, the steps the same
+    # the tiny backbone takes pictures of the world at 64 px too: its latents are larger, the steps the same
     monkeypatch.setattr(type(backbone), "latent_shape", property(lambda self: (4, 32, 32)))
     monkeypatch.setattr(type(backbone), "image_size", property(lambda self: 64))
     record, images = draw.stored_images(config)

@@ -4,6 +4,9 @@ killed."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from escd.numbers import STAGES
 from escd.pretrain import loop
+from escd.pretrain.__main__ import STAGES as TRAINED
 from escd.pretrain.__main__ import WEIGHTS, main
 from escd.pretrain.autoencoder import AutoencoderLoss, start_linear
 from escd.pretrain.loop import LoopConfig, psnr, train
-from escd.pretrain.towers import TowerLoss, save_text_tower, save_tokenizer, text_tower
-from escd.pretrain.vocabulary import WORDS, make_tokenizer
-from escd.world import World
+from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
+from escd.pretrain.unet import denoising_error, make_scheduler
+from escd.pretrain.vocabulary import WORDS, learn_merges, make_tokenizer
+from escd.pretrain.words import GROUNDS, WordLoss, draw_captions
+from escd.world import COLOURS, PATTERNS, SHAPES, Draws, World
 
 
 def test_every_word_of_the_world_is_one_token(tmp_path):
@@ -37,7 +44,7 @@ def test_every_word_of_the_world_is_one_token(tmp_path):
 def test_the_text_tower_gives_open_clips_numbers(tmp_path):
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    clip = TowerLoss(len(tokenizer)).clip.eval()
+    clip = WordLoss(len(tokenizer)).clip.eval()
     nn.init.normal_(clip.positional_embedding, std=0.5)
     ids = tokenizer(
         ["a star shape with striped red appearance", "", "a zebra"], padding="max_length", return_tensors="pt"
@@ -50,6 +57,67 @@ def test_the_text_tower_gives_open_clips_numbers(tmp_path):
         save_text_tower(model, tmp_path)
         again = CLIPTextModel.from_pretrained(tmp_path)
         assert torch.allclose(again(ids).last_hidden_state, out.last_hidden_state, atol=1e-6)
+
+
+def test_token_ids_do_not_depend_on_chance():
+    # Each process of a distributed training makes its own vocabulary: if they differ, so do the words.
+    program = "from escd.pretrain.vocabulary import *; print(learn_merges(WORDS))"
+    merges = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert merges == {f"{learn_merges(WORDS)}\n"}
+    assert learn_merges(["aab", "ab"])[0] == ("a", "b</w>")
+
+
+def test_drawn_captions_say_what_they_are_labelled_with():
+    captions, said = draw_captions(Draws(3, torch.arange(300)))
+    again, _ = draw_captions(Draws(3, torch.arange(100, 300)))
+    assert captions[100:] == again, "a caption depends on its number alone"
+    assert 0.7 < said["full"].float().mean() < 0.9
+    for k in said["full"].nonzero()[:, 0].tolist():
+        words = captions[k].split()
+        assert GROUNDS[said["ground"][k]] == words[-2] and words[-1] == "background"
+        assert [c for c, shown in zip(COLOURS, said["colours"][k], strict=True) if shown] == sorted(
+            (w for w in words if w in COLOURS), key=COLOURS.index
+        )
+        if said["shape"][k] < len(SHAPES):
+            assert SHAPES[said["shape"][k]] in words
+        if said["pattern"][k] < len(PATTERNS):
+            assert PATTERNS[said["pattern"][k]] in words
+
+
+def test_the_stages_of_pretraining_learn_all_they_count():
+    # a parameter that gets no gradient would stop a distributed training
+    torch.manual_seed(0)
+    words = WordLoss(len(make_tokenizer()))
+    captions, said = draw_captions(Draws(0, torch.arange(16)))
+    tokens = make_tokenizer()(captions, padding="max_length", return_tensors="pt").input_ids
+    towers = TowerLoss()
+    pictures = {"images": torch.rand(8, 3, 64, 64), "text": torch.randn(4, WIDTH), "same": torch.eye(4)}
+    for module, batch in ((words, said | {"tokens": tokens}), (towers, pictures)):
+        module(batch)[0].backward()
+        idle = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
+        assert idle == []
+
+
+def test_the_error_of_a_perfect_prediction_is_none_at_any_noise():
+    scheduler, x_0 = make_scheduler(), torch.randn(64, 4, 16, 16)
+    assert float(scheduler.alphas_cumprod[-1]) < 1e-6, "the last step is pure noise"
+
+    def exact(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        alpha = scheduler.alphas_cumprod[t][:, None, None, None]
+        return (alpha.sqrt() * x_t - x_0) / (1 - alpha).sqrt()  # v from x_t and x_0
+
+    assert denoising_error(exact, scheduler, x_0).max() < 1e-3
+    blind = denoising_error(lambda x_t, t: torch.zeros_like(x_t), scheduler, x_0)
+    assert 0.1 < blind.mean() < 1.2
 
 
 def test_the_linear_start_reconstructs_before_any_training():
@@ -73,8 +141,13 @@ class Toy:
     def __init__(self, fail_at: int | None = None) -> None:
         torch.manual_seed(0)
         self.module = ToyLoss()
+        self.heavy: list[nn.Module] = []
         self.loop = LoopConfig(images=400, batch_size=8, learning_rate=0.2)
-        self.fail_at, self.started_at = fail_at, None
+        self.fail_at, self.started_at, self.loaded = fail_at, None, None
+
+    def load(self, folder: Path) -> None:
+        self.loaded = json.loads((folder / "toy.json").read_text())["weight"]
+        nn.init.constant_(self.module.layer.weight, self.loaded)
 
     def batch(self, first: int, count: int) -> torch.Tensor:
         self.started_at = first if self.started_at is None else self.started_at
@@ -132,6 +205,19 @@ def test_learning_rate_rises_stays_and_falls():
     assert rates[5] == pytest.approx(0.5) and rates[6] < 0.01
 
 
+def test_a_training_goes_on_from_exported_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "first")
+    train(lambda device: Toy(), weights=tmp_path, progress=False)
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "second")
+    toy = Toy()
+    record = train(lambda device: toy, weights=tmp_path, images=8, progress=False, further=True)
+    assert toy.loaded == pytest.approx(2, abs=0.3)
+    assert record["images"] == 8 and [one["images"] for one in record["earlier"]] == [400]
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "third")
+    record = train(lambda device: Toy(), weights=tmp_path, images=16, progress=False, further=True)
+    assert [one["images"] for one in record["earlier"]] == [400, 8]
+
+
 @pytest.mark.parametrize("arguments", [["oven"], ["unet", "--images", "0"]])
 def test_the_command_line_refuses_nonsense(arguments, capsys):
     with pytest.raises(SystemExit) as error:
@@ -144,6 +230,7 @@ def test_the_shipped_weights_are_small_safe_and_recorded():
     assert sum(p.stat().st_size for p in files) <= 40e6
     assert not [p for p in files if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     records = json.loads((WEIGHTS / "training.json").read_text())
-    assert set(records) == {"autoencoder", "towers", "unet", "filters"}
+    assert set(records) == set(STAGES)
+    assert list(TRAINED) == list(STAGES), "the command trains what the notebooks and the paper report"
     for record in records.values():
         assert record["images"] > 0 and record["seconds"] > 0 and record["curve"] and record["scores"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import escd
+from escd.backbone import loss_weight, target_of
 from escd.fusion import AttributeFilter, pseudo_word
 from escd.parts import names_of
 from escd.tuning import NO_PART, TuningConfig, recoloured, reshaped, views_of
@@ -179,3 +180,42 @@ def test_unknown_attribute_is_refused_with_the_known_ones(backbone, picture):
     odd = escd.Attribute("odd", word="unpronounceable", token="*o", part="decoder")
     with pytest.raises(ValueError, match="token"):
         escd.customize(picture, odd, backbone)
+
+
+def test_tuning_follows_what_the_unet_predicts(backbone, picture, monkeypatch):
+    noise_losses = escd.customize(picture, "shape", backbone, config=quick("shape"), progress=False).losses
+    config = dict(backbone.scheduler.config) | {"prediction_type": "v_prediction"}
+    velocity = type(backbone.scheduler).from_config(config)
+    x_0, noise, t = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([0, 999])
+    assert torch.equal(target_of(backbone.scheduler, x_0, noise, t), noise)
+    assert torch.equal(loss_weight(backbone.scheduler, t), torch.ones(2))
+    alpha = velocity.alphas_cumprod[t][:, None, None, None]
+    assert torch.allclose(
+        target_of(velocity, x_0, noise, t), alpha.sqrt() * noise - (1 - alpha).sqrt() * x_0, atol=1e-5
+    )
+    little, much = loss_weight(velocity, t)
+    assert little < 0.01 and much > 0.99
+    monkeypatch.setattr(backbone, "scheduler", velocity)
+    assert (
+        escd.customize(picture, "shape", backbone, config=quick("shape"), progress=False).losses
+        != noise_losses
+    )
+    sample = type(backbone.scheduler).from_config(config | {"prediction_type": "sample"})
+    with pytest.raises(ValueError, match="'sample'"):
+        target_of(sample, x_0, noise, t)
+
+
+def test_a_filter_reads_what_an_image_has_of_its_own(backbone):
+    learnt = AttributeFilter.for_backbone(backbone)
+    torch.nn.init.normal_(learnt.fuse[-1].weight)
+    word = backbone.word_embedding("shape")
+    # what all images share is large, what tells them apart is small
+    width = learnt.config.cls_width + learnt.config.down_width
+    generator = torch.Generator().manual_seed(0)
+    many = 50 + 0.01 * torch.randn(64, width, generator=generator)
+    before = (learnt(many, word) - word).std(0).mean()
+    learnt.standardise(many)
+    after = (learnt(many, word) - word).std(0).mean()
+    assert after > 10 * before
+    assert torch.isfinite(learnt(1e6 * many, word)).all(), "an image unlike all others goes no farther"
+    assert learnt(1e6 * many, word).abs().max() < 10 * learnt(many, word).abs().max()

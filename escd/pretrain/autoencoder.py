@@ -150,14 +150,19 @@ class AutoencoderStage:
     name = "autoencoder"
     loop = LoopConfig(images=60_000, batch_size=16, learning_rate=8e-4, decay=0.7, weight_decay=0.0)
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, folder: Path) -> None:
         torch.manual_seed(11)
         self.module = AutoencoderLoss()
+        self.heavy: list[nn.Module] = []
         self.world = World(seed=11, named_shapes=0.25, named_appearances=0.3, device=device)
         start_linear(self.module.vae, self.batch(10**6, 512).cpu())
         unseen = World(seed=9011, split="heldout", named_shapes=0.4, named_appearances=0.4, device=device)
         self.fixed = {"world": unseen.batch(range(96)).image, "frames": unseen.full_frames(range(96))}
         self.device = device
+
+    def load(self, folder: Path) -> None:
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        self.module.vae.load_state_dict(vae.state_dict())
 
     def batch(self, first: int, count: int) -> Tensor:
         half = count // 2

@@ -1,4 +1,4 @@
-"""Stage 4 of pretraining: the shape filter and the appearance filter, by cross-image supervision.
+"""Stage 5 of pretraining: the shape filter and the appearance filter, by cross-image supervision.
 
 A reference and a target share one factor only: their shape, or their appearance. The prompt says the rest of
 the target ("a *m shape with striped red appearance on a cyan background"), and the filter's pseudo-word
@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -21,7 +20,7 @@ from ..encoder import extract_features
 from ..fusion import AttributeFilter
 from ..world import COLOURS, PATTERNS, SHAPES, Batch, World, captions_of
 from .loop import LoopConfig
-from .unet import SNR_CEILING
+from .unet import denoising_error
 
 # Of the full caption forms, the four that a pseudo-word fits into.
 FORMS = 4
@@ -44,25 +43,21 @@ class FilterLoss(nn.Module):
             for name, a in ATTRIBUTES.items()
         }
         text = backbone.encode_prompt(prompts, words)
-        noise = torch.randn_like(x_0)
-        t = torch.randint(0, backbone.scheduler.config.num_train_timesteps, (len(x_0),), device=x_0.device)
-        x_t = backbone.scheduler.add_noise(x_0, noise, t)
-        error = (backbone.unet(x_t, t, text).sample.float() - noise).square().mean((1, 2, 3))
-        snr = compute_snr(backbone.scheduler, t)
-        error = error * snr.clamp(max=SNR_CEILING) / snr
+        # forward: a compiled UNet would be compiled again for an evaluation
+        unet = backbone.unet if self.training else backbone.unet.forward
+        error = denoising_error(lambda x_t, t: unet(x_t, t, text).sample, backbone.scheduler, x_0)
         return error.mean(), {"shape": error[:half].mean(), "appearance": error[half:].mean()}
 
 
 class FilterStage:
     name = "filters"
-    loop = LoopConfig(images=100_000, batch_size=32, learning_rate=1e-3, decay=0.7)
+    loop = LoopConfig(images=100_000, batch_size=32, learning_rate=1e-3, decay=0.8)
 
-    def __init__(self, device: torch.device) -> None:
-        from . import __main__ as command
-
+    def __init__(self, device: torch.device, folder: Path) -> None:
         torch.manual_seed(14)
-        self.module = FilterLoss(command.WEIGHTS, device)
+        self.module = FilterLoss(folder, device)
         self.backbone, self.device = self.module.backbone, device
+        self.heavy = [self.backbone.unet]
         # Mostly what has no name: a named shape can be told without looking at the reference's outline.
         self.world = World(seed=14, named_shapes=0.25, named_appearances=0.25, device=device)
         self.fixed = [
@@ -71,6 +66,13 @@ class FilterStage:
             )
             for k in range(4)
         ]
+        known = torch.cat([self._batch(self.world, -128 * k, 128)[0] for k in range(1, 5)])
+        for learnt in self.module.filters.values():
+            learnt.standardise(known)
+
+    def load(self, folder: Path) -> None:
+        for name, learnt in self.module.filters.items():
+            learnt.load_state_dict(self.backbone.filters[name].state_dict())
 
     def _prompts(self, target: Batch, first: int) -> list[str]:
         half, out = len(target) // 2, []
@@ -93,8 +95,11 @@ class FilterStage:
             shape=torch.cat([index[:half], other[half:]]),
             appearance=torch.cat([other[:half], index[half:]]),
         )
-        embeds_ref = extract_features(self.backbone, world.batch(index).image, seed=first)
-        return embeds_ref, self.backbone.encode_images(target.image), self._prompts(target, first)
+        reference = world.batch(index).image
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            embeds_ref = extract_features(self.backbone, reference, seed=first)
+            x_0 = self.backbone.encode_images(target.image)
+        return embeds_ref.float(), x_0.float(), self._prompts(target, first)
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor, list[str]]:
         return self._batch(self.world, first, count)

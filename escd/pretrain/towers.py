@@ -1,9 +1,10 @@
-"""Stage 2 of pretraining: the contrastive text and image towers, open_clip's own CLIP class.
+"""Stage 4 of pretraining: the image tower, open_clip's own vision transformer, against the locked text tower.
 
-Besides CLIP's loss (Radford et al. 2021), two auxiliary heads learn from cross-image pairs: pictures that
-share only their shape, and pictures that share only their appearance, must be told from the rest of the
-batch. Captions have no word for most outlines and materials of the world; the pairs put them into the CLS
-token all the same. The heads are thrown away.
+CLIP's loss (Radford et al. 2021) with the text tower as `words` left it ("locked-image tuning", Zhai et al.
+2022, the other way round), so that the UNet and the image tower can be trained in either order. Two auxiliary
+heads learn from cross-image pairs: pictures that share only their shape, and pictures that share only their
+appearance, must be told from the rest of the batch. Captions have no word for most outlines and materials of
+the world; the pairs put them into the CLS token all the same. The heads are thrown away.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..backbone import ImageTower
 from ..world import World, draw_caption
 from .loop import LoopConfig
-from .vocabulary import CONTEXT, make_tokenizer
+from .vocabulary import CONTEXT
 
 WIDTH = 192
 MODEL = {
@@ -88,6 +89,12 @@ def text_tower(clip: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return model.eval()
 
 
+def load_text_tower(folder: Path, device: torch.device) -> CLIPTextModel:
+    """The frozen text tower of an exported backbone."""
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
+    return text.to(device).eval().requires_grad_(False)
+
+
 def save_text_tower(model: CLIPTextModel, folder: Path) -> None:
     """Save with the ``text_model.`` prefix, which every version of transformers reads."""
     from safetensors.torch import save_file
@@ -118,18 +125,26 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
 
 
+def read_captions(tokenizer: CLIPTokenizer, text: CLIPTextModel, captions: list[str]) -> Tensor:
+    """Last hidden states (N, L, WIDTH) of a frozen text tower, as the UNet reads them, in float32."""
+    ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad(), torch.autocast(text.device.type, torch.bfloat16):
+        return text(ids.to(text.device))[0].float()
+
+
 class TowerLoss(nn.Module):
     """CLIP's loss over (image, caption), and the two cross-image losses over (image, partner)."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.clip = open_clip.CLIP(
-            MODEL["embed_dim"],
-            open_clip.CLIPVisionCfg(**MODEL["vision_cfg"]),
-            open_clip.CLIPTextCfg(vocab_size=vocabulary, **MODEL["text_cfg"]),
-        )
+        # open_clip builds both towers at once: the smallest text tower it takes is built and not used.
+        unused = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
+        self.clip = open_clip.CLIP(MODEL["embed_dim"], open_clip.CLIPVisionCfg(**MODEL["vision_cfg"]), unused)
+        for name, parameter in self.clip.named_parameters():
+            parameter.requires_grad_(name.startswith("visual.") or name == "logit_scale")
         for name, value in (("mean", OPENAI_DATASET_MEAN), ("std", OPENAI_DATASET_STD)):
             self.register_buffer(name, torch.tensor(value)[:, None, None], persistent=False)
+        self.read = nn.Linear(WIDTH, MODEL["embed_dim"])
         self.heads = nn.ModuleDict({"shape": nn.Linear(WIDTH, 96), "appearance": nn.Linear(WIDTH, 96)})
 
     def cls_token(self, images: Tensor) -> Tensor:
@@ -137,19 +152,19 @@ class TowerLoss(nn.Module):
         visual = self.clip.visual
         projection, visual.proj = visual.proj, None
         try:
-            return visual((images / 2 + 0.5 - self.mean) / self.std)
+            # forward: a compiled tower would be compiled again for an evaluation
+            return (visual if self.training else visual.forward)((images / 2 + 0.5 - self.mean) / self.std)
         finally:
             visual.proj = projection
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        n = len(batch["tokens"])
+        n = len(batch["text"])
         cls = self.cls_token(batch["images"])  # (2N, WIDTH): N pictures, N partners
         image = F.normalize((cls[:n] @ self.clip.visual.proj).float(), dim=-1)
-        text = F.normalize(self.clip.encode_text(batch["tokens"]).float(), dim=-1)
+        text = F.normalize(self.read(batch["text"]).float(), dim=-1)
         logits = self.clip.logit_scale.exp().clamp(max=100) * image @ text.T
         # Pictures whose captions read the same are all right answers.
-        same = (batch["tokens"][:, None] == batch["tokens"][None]).all(-1).float()
-        target = same / same.sum(1, keepdim=True)
+        target = batch["same"] / batch["same"].sum(1, keepdim=True)
         contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         logs, loss = {"clip": contrastive}, contrastive
         for k, (name, head) in enumerate(self.heads.items()):
@@ -166,13 +181,18 @@ class TowerStage:
     name = "towers"
     loop = LoopConfig(images=120_000, batch_size=128, learning_rate=1e-3, decay=0.7, weight_decay=0.05)
 
-    def __init__(self, device: torch.device) -> None:
-        self.tokenizer = make_tokenizer()
+    def __init__(self, device: torch.device, folder: Path) -> None:
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.text = load_text_tower(folder, device)
         torch.manual_seed(12)
-        self.module = TowerLoss(len(self.tokenizer))
+        self.module = TowerLoss()
+        self.heavy = [self.module.clip.visual]
         self.world = World(seed=12, device=device)
-        self.device = device
         self.fixed = self._batch(World(seed=9012, device=device), 0, 256)
+
+    def load(self, folder: Path) -> None:
+        tower = ImageTower.from_pretrained(folder / "image_tower", torch_dtype=torch.float32)
+        self.module.clip.visual.load_state_dict(tower.visual.state_dict(), strict=False)  # all but `proj`
 
     def _batch(self, world: World, first: int, count: int) -> dict[str, Tensor]:
         index = torch.arange(first, first + count)
@@ -184,10 +204,9 @@ class TowerStage:
         u = world._draws("pick", index).uniform("u").tolist()
         # Full captions only: a partial one has too many right pictures.
         captions = [draw_caption(c, 0.8 * v) for c, v in zip(b.captions, u, strict=True)]
-        tokens = self.tokenizer(
-            captions, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        return {"images": torch.cat([b.image, partner.image]), "tokens": tokens.to(self.device)}
+        end = read_captions(self.tokenizer, self.text, captions)[:, -1]  # padded with the end token
+        same = torch.tensor([[one == other for other in captions] for one in captions]).to(end)
+        return {"images": torch.cat([b.image, partner.image]), "text": end, "same": same}
 
     def batch(self, first: int, count: int) -> dict[str, Tensor]:
         return self._batch(self.world, first, count)
@@ -200,7 +219,5 @@ class TowerStage:
         save_image(self.fixed["images"][:64] * 0.5 + 0.5, path, nrow=16)
 
     def export(self, folder: Path) -> None:
-        save_text_tower(text_tower(self.module.clip, self.tokenizer).half(), folder / "text_encoder")
-        save_tokenizer(self.tokenizer, folder / "tokenizer")
         tower: ModelMixin = ImageTower.from_open_clip(self.module.clip, MODEL)
         tower.half().save_pretrained(folder / "image_tower")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tokenizers import Tokenizer, models, trainers
 from transformers import CLIPTokenizer
 
 from ..world import APPEARANCE_WORDS, BACKGROUNDS, COLOURS, PATTERNS, SHAPES
@@ -59,21 +61,30 @@ WORDS = (
 )
 
 
+def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges (Sennrich et al. 2016) until each word is one token.
+
+    Of pairs that are equally frequent the last in the alphabet goes first: the `tokenizers` library leaves
+    that to chance, and token ids would differ from one process to the next.
+    """
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in sorted(set(words))]
+    merges = []
+    while counts := Counter(pair for word in pieces for pair in pairwise(word)):
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        merges.append(best)
+        for word in pieces:
+            at = 0
+            while at < len(word) - 1:
+                if (word[at], word[at + 1]) == best:
+                    word[at : at + 2] = ["".join(best)]
+                at += 1
+    return merges
+
+
 def make_tokenizer() -> CLIPTokenizer:
     """Byte-pair merges learnt until every word of WORDS is a single token; other words fall into letters."""
     letters = sorted({c for c in "abcdefghijklmnopqrstuvwxyz0123456789!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~"})
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    trainer = trainers.BpeTrainer(
-        vocab_size=4096,
-        min_frequency=1,
-        initial_alphabet=letters,
-        end_of_word_suffix="</w>",
-        special_tokens=[],
-        show_progress=False,
-    )
-    bpe.train_from_iterator([[w] for w in sorted(set(WORDS))], trainer)
-    learnt = json.loads(bpe.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in learnt["merges"]]
+    merges = learn_merges(WORDS)
     tokens = [*letters, *(c + "</w>" for c in letters)]
     tokens += [m for pair in merges if (m := "".join(pair)) not in tokens]
     vocabulary = {token: k for k, token in enumerate(dict.fromkeys([*tokens, START, END]))}
