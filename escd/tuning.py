@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,7 +24,9 @@ from .backbone import Backbone, loss_weight, target_of
 from .customization import Attribute, Customization, resolve_attribute
 from .fusion import pseudo_word
 from .images import Source, open_image_and_mask
+from .measure import foreground_mask
 from .parts import parameters_of
+from .world import PATTERNS, World, captions_of
 
 NO_PART = "none"  # tune the pseudo-word alone
 
@@ -38,21 +41,24 @@ PROMPTS = {
     ),
 }
 
+# Of the world's caption forms, the first four say everything and have a place for either pseudo-word.
+FULL_FORMS = 4
+
 # Learning rate and steps for each half of the UNet. The halves differ in size and depth, so one rate for both
 # would compare rates, not halves.
 RATES = {
-    "shape": {"encoder": 1e-3, "decoder": 5e-4, "all": 5e-4},
-    "appearance": {"encoder": 3e-4, "decoder": 1e-4, "all": 1e-4},
+    "shape": {"encoder": 1e-3, "decoder": 1e-3, "all": 7e-4},
+    "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
 }
-STEPS = {"shape": 300, "appearance": 80}
+STEPS = {"shape": 250, "appearance": 80}
 
 
 @dataclass(frozen=True)
 class TuningConfig:
     """One tuning run; the defaults of an attribute come from `TuningConfig.of`."""
 
-    # Which attribute, by name, and which of the two recipes it follows: "shape" changes colours while it
-    # learns, "appearance" changes geometry.
+    # Which attribute, by name, and which of the two recipes it follows: "shape" changes what the reference is
+    # made of while it learns, "appearance" changes its outline.
     attribute: str
     recipe: str
     # The part of the UNet that learns (`escd.parts`), or "none" for the pseudo-word alone.
@@ -65,8 +71,8 @@ class TuningConfig:
     batch_size: int = 8
     # How many differently augmented views of the reference are encoded, once, before the first step.
     views: int = 64
-    # Share of the views in which the other attribute is changed.
-    augmentation: float = 0.5
+    # Share of the views in which the other attribute is changed (`views_of`).
+    augmentation: float = 0.75
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -144,22 +150,82 @@ def reshaped(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple
     return out[:, :3], out[:, 3:].clamp(0, 1)
 
 
-def views_of(image: Tensor, mask: Tensor | None, config: TuningConfig) -> tuple[Tensor, Tensor]:
-    """The augmented views (V, 3, H, W) of a reference (3, H, W) and the weight (V, 1, H, W) of their loss.
+def repainted(
+    image: Tensor, inside: Tensor, recipe: str, count: int, seed: int
+) -> tuple[Tensor, list[tuple[str, ...]]]:
+    """Images (N, 3, H, W) that keep one attribute of a reference (3, H, W), and prompts that say the rest.
 
-    While a shape is learnt the colours change, while an appearance is learnt the geometry does; a share
-    ``1 - config.augmentation`` of the views is the reference as it is.
+    For a shape, the silhouette `inside` (1, H, W) is filled with the named patterns and colours of the world
+    and set on its backgrounds; for an appearance, the world's named shapes are filled with what the reference
+    holds inside its silhouette, turned, stretched and bent. "{}" in a prompt is the pseudo-word. What a
+    prompt says the pseudo-word need not, so that it is left with its own attribute: the cross-image
+    supervision of the attribute filters, made from the one image there is.
+    """
+    world, index = World(seed, named_shapes=1.0, named_appearances=1.0), torch.arange(count)
+    size = image.shape[-2:]
+
+    def scaled(maps: Tensor) -> Tensor:
+        return F.interpolate(maps, size=size, mode="bilinear", antialias=True).to(image)
+
+    ground, _, grounds = world.backgrounds(index)
+    if recipe == "shape":
+        texture, pattern, _, colours, _ = world.textures(index)
+        # Coverage at the edge is lost with a mask that was found: a pixel's softness stands for it.
+        cover = F.avg_pool2d(F.pad(inside.expand(count, -1, -1, -1), (1,) * 4, mode="replicate"), 3, 1)
+        painted = scaled(texture) * 2 - 1
+        said = [("{}", PATTERNS[k], c) for k, c in zip(pattern.tolist(), colours, strict=True)]
+    else:
+        mask, names = world.masks(index)
+        cover = scaled(mask)
+        whole = _filled(image, inside).expand(count, -1, -1, -1)
+        painted, _ = reshaped(whole, torch.ones_like(whole[:, :1]), torch.Generator().manual_seed(seed))
+        said = [(name, "{}", []) for name in names]
+    images = painted * cover + (scaled(ground) * 2 - 1) * (1 - cover)
+    return images.clamp(-1, 1), [
+        tuple(captions_of(shape, look, words, ground, "shape")[:FULL_FORMS])
+        for (shape, look, words), ground in zip(said, grounds, strict=True)
+    ]
+
+
+def _filled(image: Tensor, inside: Tensor) -> Tensor:
+    """The image (3, H, W) with its silhouette's nearest pixel wherever `inside` (1, H, W) is not."""
+    mask = inside[0].cpu().numpy() > 0.5
+    inner = ndimage.binary_erosion(mask)  # the outermost pixels are mixed with the background
+    inner = inner if inner.sum() > 0.25 * mask.sum() else mask
+    y, x = ndimage.distance_transform_edt(~inner, return_distances=False, return_indices=True)
+    return image[:, torch.from_numpy(y).long(), torch.from_numpy(x).long()]
+
+
+def views_of(
+    image: Tensor, mask: Tensor | None, config: TuningConfig
+) -> tuple[Tensor, Tensor, list[tuple[str, ...]]]:
+    """Views (V, 3, H, W) of a reference (3, H, W), the weight (V, 1, H, W) of their loss, and their prompts.
+
+    A share `config.augmentation` of the views has the other attribute changed, the rest is the reference as
+    it is, under prompts that name neither its background nor its other attribute. Where the silhouette is
+    known, from `mask` (1, H, W) or because the object stands on a plain background, the changed views are
+    `repainted`, and their prompts say with what. Elsewhere the colours change while a shape is learnt, the
+    geometry while an appearance is.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    images = image.expand(config.views, -1, -1, -1)
-    masks = (torch.ones_like(image[:1]) if mask is None else mask.to(image)).expand(config.views, -1, -1, -1)
-    changed = (torch.rand(config.views, generator=generator) < config.augmentation).to(image.device)[
-        :, None, None, None
-    ]
+    count = config.views
+    images = image.expand(count, -1, -1, -1)
+    weights = (torch.ones_like(image[:1]) if mask is None else mask.to(image)).expand(count, -1, -1, -1)
+    chosen = torch.rand(count, generator=generator) < config.augmentation
+    changed = chosen.to(image.device)[:, None, None, None]
+    prompts = [PROMPTS[config.recipe]] * count
+    found, failed = (
+        foreground_mask(image[None]) if mask is None else (mask[None] > 0.5, torch.tensor([False]))
+    )
+    if not failed[0]:
+        inside = found.float().view(1, *image.shape[-2:]).to(image)
+        others, said = repainted(image, inside.to(image), config.recipe, count, config.seed)
+        prompts = [new if use else old for new, old, use in zip(said, prompts, chosen.tolist(), strict=True)]
+        return torch.where(changed, others, images), torch.where(changed, 1.0, weights), prompts
     if config.recipe == "shape":
-        return torch.where(changed, recoloured(images, generator), images), masks
-    bent, bent_masks = reshaped(images, masks, generator)
-    return torch.where(changed, bent, images), torch.where(changed, bent_masks, masks)
+        return torch.where(changed, recoloured(images, generator), images), weights, prompts
+    bent, bent_weights = reshaped(images, weights, generator)
+    return torch.where(changed, bent, images), torch.where(changed, bent_weights, weights), prompts
 
 
 def customize(
@@ -236,10 +302,10 @@ def _tune(
 ) -> None:
     """Change `v` and `weights` in place and append to `losses`, step by step."""
     device, unet = backbone.device, backbone.unet
-    views, masks = views_of(picture, None if inside is None else inside.to(device), config)
+    views, masks, said = views_of(picture, None if inside is None else inside.to(device), config)
     latents = torch.cat([backbone.encode_images(x) for x in views.split(16)]).float()  # (V, 4, h, w)
     masks = F.interpolate(masks, size=latents.shape[-2:], mode="area")  # (V, 1, h, w)
-    prompts = [p.format(attribute.token) for p in PROMPTS[config.recipe]]
+    prompts = [[p.format(attribute.token) for p in each] for each in said]
     groups = [{"params": [v], "lr": config.word_learning_rate}]
     if weights:
         groups.append({"params": list(weights.values()), "lr": config.learning_rate})
@@ -263,11 +329,10 @@ def _tune(
                 t = torch.randint(0, timesteps, (config.batch_size,), generator=generator).to(device)
                 x_0, inside_t = latents[pick.to(device)], masks[pick.to(device)]
                 noise = torch.randn(x_0.shape, generator=generator).to(device)
+                u = torch.rand(config.batch_size, generator=generator).tolist()
                 words = [
-                    prompts[k]
-                    for k in torch.randint(
-                        0, len(prompts), (config.batch_size,), generator=generator
-                    ).tolist()
+                    prompts[k][int(share * len(prompts[k]))]
+                    for k, share in zip(pick.tolist(), u, strict=True)
                 ]
                 x_t = backbone.scheduler.add_noise(x_0, noise, t)
                 target = target_of(backbone.scheduler, x_0, noise, t)

@@ -9,7 +9,8 @@ import escd
 from escd.backbone import loss_weight, target_of
 from escd.fusion import AttributeFilter, pseudo_word
 from escd.parts import names_of
-from escd.tuning import NO_PART, TuningConfig, recoloured, reshaped, views_of
+from escd.tuning import NO_PART, PROMPTS, TuningConfig, recoloured, reshaped, views_of
+from escd.world import BACKGROUND_RGB, COLOURS, PATTERNS, SHAPES
 
 
 @pytest.fixture()
@@ -133,7 +134,8 @@ def test_a_mask_confines_the_loss(backbone, picture):
     mask = torch.zeros(1, size, size)
     mask[:, : size // 2] = 1
     config = quick("shape", augmentation=0.0)
-    seen, weight = views_of(picture, mask, config)
+    seen, weight, prompts = views_of(picture, mask, config)
+    assert len(prompts) == len(seen) and set(prompts) == {PROMPTS["shape"]}
     assert torch.equal(weight[0], mask) and torch.equal(seen[0], picture)
     a = escd.customize(picture, "shape", backbone, mask=mask, config=config, progress=False)
     b = escd.customize(picture, "shape", backbone, config=config, progress=False)
@@ -153,6 +155,52 @@ def test_augmentations_change_only_the_other_attribute():
     bent, masks = reshaped(image.expand(8, -1, -1, -1), torch.ones(8, 1, 32, 32), generator)
     assert bent.min() >= -0.81 and bent.max() <= 0.61 and masks.min() > 0.99
     assert not torch.equal(bent[0], bent[1])
+
+
+@pytest.fixture()
+def blot():
+    """A dark square on a pale ground (3, 64, 64), and where it is (1, 64, 64)."""
+    image, inside = torch.full((3, 64, 64), 0.7), torch.zeros(1, 64, 64)
+    inside[:, 20:44, 16:48] = 1
+    image[:, 20:44, 16:48] = torch.tensor([-0.9, -0.2, -0.6])[:, None, None]
+    return image, inside
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_repainted_shapes_keep_the_silhouette_and_say_the_rest(blot, given):
+    image, inside = blot
+    config = TuningConfig.of("shape", augmentation=1.0)
+    views, weights, prompts = views_of(image, inside if given else None, config)
+    assert weights.min() == 1, "what is painted anew is right all over the frame"
+    for view, said in zip(views, prompts, strict=True):
+        words = said[0].split()
+        assert "{}" in words and set(words) & set(PATTERNS) and set(words) & set(COLOURS)
+        assert not set(words) & set(SHAPES)
+        if words[-2] in BACKGROUND_RGB:  # it is there, outside the silhouette
+            ground = torch.tensor(BACKGROUND_RGB[words[-2]])[:, None, None] * 2 - 1
+            near = (view - ground).abs().amax(0) < 0.1
+            assert near[inside[0] == 0].float().mean() > 0.85
+    assert len({said[0] for said in prompts}) > 30
+
+
+def test_repainted_appearances_keep_the_material_and_say_the_rest(blot):
+    image, _ = blot
+    views, _, prompts = views_of(image, None, TuningConfig.of("appearance", augmentation=1.0))
+    colour = image[:, 32, 32][:, None, None]
+    areas = []
+    for view, said in zip(views, prompts, strict=True):
+        words = said[0].split()
+        assert "{}" in words and set(words) & set(SHAPES) and not set(words) & set(COLOURS)
+        areas.append(float(((view - colour).abs().amax(0) < 0.1).float().mean()))
+    assert min(areas) > 0.04 and max(areas) < 0.6 and len(set(areas)) > 30
+
+
+def test_without_a_silhouette_the_whole_picture_is_changed():
+    generator = torch.Generator().manual_seed(0)
+    clutter = torch.rand(3, 64, 64, generator=generator) * 2 - 1
+    for attribute in ("shape", "appearance"):
+        views, _, prompts = views_of(clutter, None, TuningConfig.of(attribute, augmentation=1.0))
+        assert set(prompts) == {PROMPTS[attribute]} and not torch.equal(views[0], views[1])
 
 
 @pytest.mark.parametrize(
