@@ -491,7 +491,8 @@ def pretraining_curve() -> Drawing:
     for axes, (name, record) in zip(drawing.subplots(1, len(stages)), stages.items(), strict=True):
         seen = [point["images"] / 1000 for point in record["curve"]]
         axes.plot(seen, [point["loss"] for point in record["curve"]])
-        axes.set(title=name, xlabel="thousand images", yscale="log")
+        seen_what = "captions" if name == "words" else "images"  # that stage looks at no picture
+        axes.set(title=name, xlabel=f"thousand {seen_what}", yscale="log")
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
