@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
@@ -305,7 +305,8 @@ def _tune(
     views, masks, said = views_of(picture, None if inside is None else inside.to(device), config)
     latents = torch.cat([backbone.encode_images(x) for x in views.split(16)]).float()  # (V, 4, h, w)
     masks = F.interpolate(masks, size=latents.shape[-2:], mode="area")  # (V, 1, h, w)
-    prompts = [[p.format(attribute.token) for p in each] for each in said]
+    backbone.add_token(attribute.token)
+    prompts = [_readable(backbone, attribute.token, each, PROMPTS[config.recipe]) for each in said]
     groups = [{"params": [v], "lr": config.word_learning_rate}]
     if weights:
         groups.append({"params": list(weights.values()), "lr": config.learning_rate})
@@ -362,6 +363,12 @@ def _tune(
         )
     finally:
         bar.close()
+
+
+def _readable(backbone: Backbone, token: str, said: Sequence[str], plain: Sequence[str]) -> list[str]:
+    """Prompts with the pseudo-word put in, but for those the text encoder would cut; `plain` if all are."""
+    written = [prompt.format(token) for prompt in said]
+    return [p for p in written if not backbone.cut_off(p)] or [prompt.format(token) for prompt in plain]
 
 
 @contextmanager
