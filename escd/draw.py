@@ -557,7 +557,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("No stored record can be run again here: they were made on other devices, or take too long.")
     if differing := run_again(again, found):
         raise SystemExit("These records do not come out again:\n" + "\n".join(differing))
-    print("The figures are in figures/, what they were made from in manifest.json there, the numbers in README.md.")
+    print("Figures: figures/; what each was made from: figures/manifest.json; the numbers: README.md")
 
 
 def draw_figures(stems: Sequence[str], folder: Path = FIGURES) -> None:
