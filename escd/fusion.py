@@ -36,7 +36,7 @@ class AttributeFilter(ModelMixin, ConfigMixin):
         grids: tuple[int, ...] = GRIDS,
     ) -> None:
         super().__init__()
-        # What one feature varies by from image to image, another has as its least: see `standardise`.
+        # Features differ widely in level and in spread: `standardise` sets these.
         self.register_buffer("mean", torch.zeros(cls_width + down_width))
         self.register_buffer("deviation", torch.ones(cls_width + down_width))
         self.project_cls = nn.Linear(cls_width, hidden)

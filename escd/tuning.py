@@ -26,7 +26,7 @@ from .fusion import pseudo_word
 from .images import Source, open_image_and_mask
 from .measure import foreground_mask
 from .parts import parameters_of
-from .world import PATTERNS, World, captions_of
+from .world import FULL_FORMS, PATTERNS, World, captions_of
 
 NO_PART = "none"  # tune the pseudo-word alone
 
@@ -40,9 +40,6 @@ PROMPTS = {
         "an object with {} appearance",
     ),
 }
-
-# Of the world's caption forms, the first four say everything and have a place for either pseudo-word.
-FULL_FORMS = 4
 
 # Learning rate and steps for each half of the UNet. The halves differ in size and depth, so one rate for both
 # would compare rates, not halves.

@@ -849,12 +849,16 @@ def captions_of(
     return captions
 
 
+# The first forms of `captions_of`: they say everything, and either pseudo-word has a place in them.
+FULL_FORMS = 4
+
+
 # How often a training step shows each caption: the full ones mostly, the partial ones now and then.
 def draw_caption(captions: Sequence[str], u: float) -> str:
     """The caption that a uniform number in [0, 1) picks: the first four forms 80 % of the time."""
     if u < 0.8:
-        return captions[min(int(u / 0.8 * 4), 3)]
-    rest = captions[4:]
+        return captions[min(int(u / 0.8 * FULL_FORMS), FULL_FORMS - 1)]
+    rest = captions[FULL_FORMS:]
     return rest[min(int((u - 0.8) / 0.2 * len(rest)), len(rest) - 1)]
 
 

@@ -18,12 +18,9 @@ from ..backbone import load_backbone
 from ..customization import ATTRIBUTES
 from ..encoder import extract_features
 from ..fusion import AttributeFilter
-from ..world import COLOURS, PATTERNS, SHAPES, Batch, World, captions_of
+from ..world import COLOURS, FULL_FORMS, PATTERNS, SHAPES, Batch, World, captions_of
 from .loop import LoopConfig
 from .unet import denoising_error
-
-# Of the full caption forms, the four that a pseudo-word fits into.
-FORMS = 4
 
 
 class FilterLoss(nn.Module):
@@ -84,7 +81,7 @@ class FilterStage:
                 captions = captions_of("*m", look if look in PATTERNS else None, colours, ground, "shape")
             else:
                 captions = captions_of(shape if shape in SHAPES else "shape", "*a", [], ground, "shape")
-            out.append(captions[(first + k) % FORMS])
+            out.append(captions[(first + k) % FULL_FORMS])
         return out
 
     def _batch(self, world: World, first: int, count: int) -> tuple[Tensor, Tensor, list[str]]:

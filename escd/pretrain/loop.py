@@ -101,7 +101,7 @@ def train(
     The state (model, average, optimiser, curve) lies in ``runs/pretrain/<stage>/state.pt`` and is replaced
     atomically every `checkpoint_seconds`; at `evaluations` points along the way, and at the end, the averaged
     model is scored, its grid drawn and the training record rewritten. `compile` takes minutes to begin and
-    wins back a third of each step on a CPU. `further` starts from the exported weights where there is no
+    wins back a fifth of each step on a CPU. `further` starts from the exported weights where there is no
     state of a killed run; the record then keeps the earlier trainings' under "earlier", and the curve begins
     anew. Returns the record.
     """

@@ -48,9 +48,9 @@ def draw_captions(draws: Draws) -> tuple[list[str], dict[str, Tensor]]:
     names = (*SHAPES, "shape")
     captions = []
     for k in range(len(draws)):
-        said = [COLOURS[first[k]]] if single[k] else [COLOURS[first[k]], COLOURS[second[k]]]
+        tones = [COLOURS[first[k]]] if single[k] else [COLOURS[first[k]], COLOURS[second[k]]]
         look = PATTERNS[pattern[k]] if named[k] else None
-        forms = captions_of(names[shape[k]], look, said if look else [], GROUNDS[ground[k]], names[decoy[k]])
+        forms = captions_of(names[shape[k]], look, tones if look else [], GROUNDS[ground[k]], names[decoy[k]])
         captions.append(draw_caption(forms, float(u[k])))
     said = {"shape": shape, "pattern": pattern, "ground": ground, "colours": colours, "full": u < FULL}
     return captions, said
