@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import parts
+from .artefacts import export, low_rank
 from .backbone import Backbone, ImageTower, load_backbone
 from .customization import ATTRIBUTES, Attribute, Customization, load_customization
 from .encoder import extract_features
@@ -31,9 +32,11 @@ __all__ = [
     "World",
     "attribute_sliders",
     "customize",
+    "export",
     "extract_features",
     "load_backbone",
     "load_customization",
+    "low_rank",
     "parts",
     "pseudo_word",
 ]

@@ -1,4 +1,4 @@
-"""`python -m escd`: customize an attribute of an image, and generate images with it, without a notebook."""
+"""`python -m escd`: customize an attribute of an image, generate with it, export it; without a notebook."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .artefacts import export, low_rank
 from .backbone import load_backbone
 from .customization import load_customization, resolve_attribute
 from .images import open_image_and_mask
@@ -63,7 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="folder for the images")
     draw.set_defaults(run=_generate)
 
-    for command in (learn, draw):
+    small = commands.add_parser(
+        "export", help="write a customization as LoRA and embedding, for other programs"
+    )
+    small.add_argument("file", type=Path, help="what escd customize wrote")
+    small.add_argument("--rank", type=int, help="of each weight's change; default: as it is")
+    small.add_argument("--output", type=Path, metavar="DIR", help="default: a folder named as the file")
+    small.set_defaults(run=_export)
+
+    for command in (learn, draw, small):
         command.add_argument(
             "--backbone", default="mini", help="mini, sd15, a folder or a hub id; default mini"
         )
@@ -118,6 +127,20 @@ def _generate(options: argparse.Namespace) -> None:
         file = options.output / f"seed-{seed}.png"
         image.save(file)
         print(file)
+
+
+def _export(options: argparse.Namespace) -> None:
+    if not options.file.is_file():
+        raise FileNotFoundError(f"no customization at {options.file}")
+    customization = load_customization(options.file, load_backbone(options.backbone))
+    if options.rank is not None:
+        customization = low_rank(customization, options.rank)
+    exported = export(customization, options.output or options.file.with_suffix(""))
+    for file in (exported.lora, exported.web_ui, exported.embedding):
+        if file is not None:
+            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    if exported.left_behind:
+        print(f"left behind, as a LoRA carries none: {len(exported.left_behind)} biases and norms")
 
 
 if __name__ == "__main__":

@@ -59,13 +59,33 @@ def resolve_attribute(attribute: Attribute | str) -> Attribute:
     return ATTRIBUTES[attribute]
 
 
+@dataclass(frozen=True)
+class LowRank:
+    """A change of a weight as two factors: up (out, r) times down (r, in) or (r, in, k, k)."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return self.up.nbytes + self.down.nbytes
+
+    def float(self) -> Tensor:
+        """The change itself, (out, in) or (out, in, k, k), in float32."""
+        return (self.up.float() @ self.down.float().flatten(1)).view(self.shape)
+
+
 @dataclass
 class Customization:
     """One attribute of one image, learned on one backbone: a pseudo-word's embedding, and dW of a part."""
 
     attribute: Attribute
     pseudo_word: Tensor  # (D,), the embedding v
-    delta: dict[str, Tensor]  # parameter name in the UNet -> W - W0
+    delta: dict[str, Tensor | LowRank]  # parameter name in the UNet -> W - W0
     part: str
     backbone_identity: str
     backbone_name: str
@@ -77,7 +97,7 @@ class Customization:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, which is the size of the file but for its header."""
-        return sum(w.numel() * w.element_size() for w in (self.pseudo_word, *self.delta.values()))
+        return sum(w.nbytes for w in (self.pseudo_word, *self.delta.values()))
 
     def __repr__(self) -> str:
         return (
@@ -95,7 +115,12 @@ class Customization:
         """Write the customization, exactly as it is, to `path`, which is replaced at once or not at all."""
         path = Path(path)
         about = {name: getattr(self, name) for name in _ABOUT} | {"attribute": asdict(self.attribute)}
-        tensors = {"pseudo_word": self.pseudo_word} | {f"delta.{name}": w for name, w in self.delta.items()}
+        tensors = {"pseudo_word": self.pseudo_word}
+        for name, w in self.delta.items():
+            if isinstance(w, LowRank):
+                tensors |= {f"up.{name}": w.up, f"down.{name}": w.down}
+            else:
+                tensors[f"delta.{name}"] = w
         tensors = {name: w.detach().to("cpu").contiguous() for name, w in tensors.items()}
         unfinished = path.with_name(path.name + ".part")
         save_file(tensors, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
@@ -124,11 +149,26 @@ def load_customization(path: str | Path, backbone: Backbone) -> Customization:
     customization = Customization(
         attribute=Attribute(**about.pop("attribute")),
         pseudo_word=tensors.pop("pseudo_word"),
-        delta={name.removeprefix("delta."): w for name, w in tensors.items()},
+        delta=_delta(tensors),
         **about,
     )
     require_fit(customization, backbone)
     return customization
+
+
+def _delta(tensors: dict[str, Tensor]) -> dict[str, Tensor | LowRank]:
+    """The change of each weight from a file's tensors, in the order of their names."""
+    delta: dict[str, Tensor | LowRank] = {}
+    for key in sorted(tensors):
+        kind, _, name = key.partition(".")
+        if kind == "up":
+            up, down = tensors[key], tensors.get(f"down.{name}")
+            if down is None or up.ndim != 2 or down.ndim < 2 or up.shape[1] != len(down):
+                raise ValueError(f"the two factors of the change of {name} do not belong together")
+            delta[name] = LowRank(up, down)
+        elif kind == "delta":
+            delta[name] = tensors[key]
+    return delta
 
 
 def require_fit(customization: Customization, backbone: Backbone) -> None:

@@ -201,8 +201,8 @@ def views_of(
     A share `config.augmentation` of the views has the other attribute changed, the rest is the reference as
     it is, under prompts that name neither its background nor its other attribute. Where the silhouette is
     known, from `mask` (1, H, W) or because the object stands on a plain background, the changed views are
-    `repainted`, and their prompts say with what. Elsewhere the colours change while a shape is learnt, the
-    geometry while an appearance is.
+    `repainted`, and their prompts say with what. Where it is not, the whole frame is the reference: an
+    appearance is repainted from all of it, and while a shape is learnt only the colours change.
     """
     generator = torch.Generator().manual_seed(config.seed)
     count = config.views
@@ -211,18 +211,17 @@ def views_of(
     chosen = torch.rand(count, generator=generator) < config.augmentation
     changed = chosen.to(image.device)[:, None, None, None]
     prompts = [PROMPTS[config.recipe]] * count
-    found, failed = (
-        foreground_mask(image[None]) if mask is None else (mask[None] > 0.5, torch.tensor([False]))
-    )
-    if not failed[0]:
-        inside = found.float().view(1, *image.shape[-2:]).to(image)
-        others, said = repainted(image, inside.to(image), config.recipe, count, config.seed)
-        prompts = [new if use else old for new, old, use in zip(said, prompts, chosen.tolist(), strict=True)]
-        return torch.where(changed, others, images), torch.where(changed, 1.0, weights), prompts
-    if config.recipe == "shape":
+    if mask is None:
+        found, failed = foreground_mask(image[None])
+        inside = torch.ones_like(image[:1]) if failed[0] else found.float().view_as(image[:1])
+        known = not failed[0] or config.recipe == "appearance"
+    else:
+        inside, known = (mask > 0.5).float().view_as(image[:1]), True
+    if not known:
         return torch.where(changed, recoloured(images, generator), images), weights, prompts
-    bent, bent_weights = reshaped(images, weights, generator)
-    return torch.where(changed, bent, images), torch.where(changed, bent_weights, weights), prompts
+    others, said = repainted(image, inside.to(image), config.recipe, count, config.seed)
+    prompts = [new if use else old for new, old, use in zip(said, prompts, chosen.tolist(), strict=True)]
+    return torch.where(changed, others, images), torch.where(changed, 1.0, weights), prompts
 
 
 def customize(

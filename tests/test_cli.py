@@ -74,6 +74,17 @@ def test_customize_then_generate(picture, here, tiny_folder, capsys):
         assert np.array_equal(np.asarray(Image.open(f"out/deep/seed-{seed}.png")), np.asarray(image))
 
 
+def test_export_writes_what_other_programs_read(picture, here, tiny_folder, capsys):
+    base = ["--backbone", str(tiny_folder)]
+    learning = ["--attribute", "appearance", "--steps", "1", "--output", "look.safetensors"]
+    assert main(["customize", str(picture), *learning, *base]) == 0
+    assert main(["export", "look.safetensors", "--rank", "2", *base]) == 0
+    said = capsys.readouterr().out
+    for name in ("pytorch_lora_weights", "lora", "embedding"):
+        assert (here / "look" / f"{name}.safetensors").is_file() and f"{name}.safetensors" in said
+    assert "biases and norms" in said
+
+
 def test_generate_without_customizations(here, tiny_folder):
     assert main(["generate", "a red star", "--steps", "1", "--backbone", str(tiny_folder)]) == 0
     with Image.open("seed-0.png") as image:
@@ -81,6 +92,7 @@ def test_generate_without_customizations(here, tiny_folder):
 
 
 ERRORS = {
+    "nothing to export": (["export", "none.safetensors"], "no customization at none.safetensors"),
     "no image": (["customize", "none.png", "--attribute", "shape"], "No such file or directory: 'none.png'"),
     "text named png": (["customize", "text.png", "--attribute", "shape"], "text.png is not an image"),
     "unknown attribute": (

@@ -22,7 +22,7 @@ from escd.pretrain.__main__ import WEIGHTS, main
 from escd.pretrain.autoencoder import AutoencoderLoss, start_linear
 from escd.pretrain.loop import LoopConfig, psnr, train
 from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
-from escd.pretrain.unet import denoising_error, make_scheduler
+from escd.pretrain.unet import NOISE_MEAN, NOISE_SPREAD, denoising_error, draw_noise_levels, make_scheduler
 from escd.pretrain.vocabulary import WORDS, learn_merges, make_tokenizer
 from escd.pretrain.words import GROUNDS, WordLoss, draw_captions
 from escd.world import COLOURS, PATTERNS, SHAPES, Draws, World
@@ -115,9 +115,21 @@ def test_the_error_of_a_perfect_prediction_is_none_at_any_noise():
         alpha = scheduler.alphas_cumprod[t][:, None, None, None]
         return (alpha.sqrt() * x_t - x_0) / (1 - alpha).sqrt()  # v from x_t and x_0
 
-    assert denoising_error(exact, scheduler, x_0).max() < 1e-3
-    blind = denoising_error(lambda x_t, t: torch.zeros_like(x_t), scheduler, x_0)
-    assert 0.1 < blind.mean() < 1.2
+    t = draw_noise_levels(scheduler, len(x_0))
+    assert denoising_error(exact, scheduler, x_0, t).max() < 1e-3
+    blind = denoising_error(lambda x_t, t: torch.zeros_like(x_t), scheduler, x_0, t)
+    assert 0.8 < blind.mean() < 1.2
+
+
+def test_noise_levels_are_normal_in_the_logarithm_and_reach_pure_noise():
+    scheduler = make_scheduler()
+    t = torch.cat([draw_noise_levels(scheduler, 64) for _ in range(200)])
+    assert t.min() < 20 and t.max() > 990 and 0 <= t.min() and t.max() <= 999
+    alpha = scheduler.alphas_cumprod[t].double()
+    level = ((1 - alpha) / alpha.clamp(min=1e-9)).log() / 2
+    assert level.median() == pytest.approx(NOISE_MEAN, abs=0.15)
+    middle = (level - NOISE_MEAN).abs() < NOISE_SPREAD
+    assert middle.float().mean() == pytest.approx(0.9 * 0.683 + 0.1 * 0.5, abs=0.05)
 
 
 def test_the_linear_start_reconstructs_before_any_training():

@@ -195,12 +195,15 @@ def test_repainted_appearances_keep_the_material_and_say_the_rest(blot):
     assert min(areas) > 0.04 and max(areas) < 0.6 and len(set(areas)) > 30
 
 
-def test_without_a_silhouette_the_whole_picture_is_changed():
+def test_without_a_silhouette_a_shape_changes_its_colours_and_the_whole_frame_is_the_material():
     generator = torch.Generator().manual_seed(0)
-    clutter = torch.rand(3, 64, 64, generator=generator) * 2 - 1
-    for attribute in ("shape", "appearance"):
-        views, _, prompts = views_of(clutter, None, TuningConfig.of(attribute, augmentation=1.0))
-        assert set(prompts) == {PROMPTS[attribute]} and not torch.equal(views[0], views[1])
+    clutter = torch.rand(3, 64, 64, generator=generator) * 0.4 - torch.tensor([1.0, 0.2, 1.0])[:, None, None]
+    views, _, prompts = views_of(clutter, None, TuningConfig.of("shape", augmentation=1.0))
+    assert set(prompts) == {PROMPTS["shape"]} and not torch.equal(views[0], views[1])
+    views, _, prompts = views_of(clutter, None, TuningConfig.of("appearance", augmentation=1.0))
+    assert len(set(prompts)) > 30 and all(set(said[0].split()) & set(SHAPES) for said in prompts)
+    of_clutter = ((views - clutter.mean((1, 2))[:, None, None]).abs().amax(1) < 0.3).float().mean((1, 2))
+    assert of_clutter.min() > 0.04 and of_clutter.median() < 0.6
 
 
 @pytest.mark.parametrize(

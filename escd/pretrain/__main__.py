@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         help=f"which of {', '.join(STAGES)} (default: all, in this order)",
     )
     parser.add_argument("--images", type=int, help="images this stage sees in all (default: the recipe's)")
+    parser.add_argument("--learning-rate", type=float, help="its peak (default: the recipe's)")
     parser.add_argument(
         "--weights", type=Path, default=WEIGHTS, help="where to export (default: the package's own weights)"
     )
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
     if arguments.images is not None and arguments.images < 1:
         parser.error("--images must be positive")
+    if arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1:
+        parser.error("--learning-rate must lie between 0 and 1")
     if arguments.further and (
         fixed := [s for s in arguments.stages or STAGES if not hasattr(STAGES[s], "load")]
     ):
@@ -63,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             images=arguments.images,
             compile=arguments.compile,
             further=arguments.further,
+            learning_rate=arguments.learning_rate,
         )
         print(f"{name}: weights in {arguments.weights}")
 

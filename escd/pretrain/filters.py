@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from ..backbone import load_backbone
+from ..backbone import load_backbone, loss_weight
 from ..customization import ATTRIBUTES
 from ..encoder import extract_features
 from ..fusion import AttributeFilter
@@ -42,7 +42,10 @@ class FilterLoss(nn.Module):
         text = backbone.encode_prompt(prompts, words)
         # forward: a compiled UNet would be compiled again for an evaluation
         unet = backbone.unet if self.training else backbone.unet.forward
-        error = denoising_error(lambda x_t, t: unet(x_t, t, text).sample, backbone.scheduler, x_0)
+        scheduler = backbone.scheduler
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(x_0),), device=x_0.device)
+        error = denoising_error(lambda x_t, t: unet(x_t, t, text).sample, scheduler, x_0, t)
+        error = error * loss_weight(scheduler, t)
         return error.mean(), {"shape": error[:half].mean(), "appearance": error[half:].mean()}
 
 

@@ -95,6 +95,7 @@ def train(
     progress: bool = True,
     compile: bool = False,
     further: bool = False,
+    learning_rate: float | None = None,
 ) -> dict[str, Any]:
     """Train one stage to its number of images and export it; picks up where a killed run left off.
 
@@ -103,11 +104,12 @@ def train(
     model is scored, its grid drawn and the training record rewritten. `compile` takes minutes to begin and
     wins back a fifth of each step on a CPU. `further` starts from the exported weights where there is no
     state of a killed run; the record then keeps the earlier trainings' under "earlier", and the curve begins
-    anew. Returns the record.
+    anew. `images` and `learning_rate` replace the recipe's. Returns the record.
     """
     accelerator = Accelerator(mixed_precision="bf16")
     stage = make(accelerator.device)
-    config = stage.loop if images is None else replace(stage.loop, images=images)
+    given = {"images": images, "learning_rate": learning_rate}
+    config = replace(stage.loop, **{name: value for name, value in given.items() if value is not None})
     folder = RUNS / stage.name
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed + accelerator.process_index)
@@ -144,6 +146,9 @@ def train(
         before = json.loads((weights / "training.json").read_text())[stage.name]
         earlier = [*before.pop("earlier", []), {k: before[k] for k in ("images", "seconds", "environment")}]
         accelerator.print(f"{stage.name}: goes on from {weights}, {before['images']} images")
+
+    # No picture of an earlier training is shown a second time.
+    offset = sum(e["images"] for e in earlier)
 
     if compile:
         for network in stage.heavy:
@@ -207,7 +212,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = config.rate(seen)
             with torch.no_grad():
-                batch = stage.batch(seen + share * accelerator.process_index, share)
+                batch = stage.batch(offset + seen + share * accelerator.process_index, share)
             with accelerator.autocast():
                 loss, logs = model(batch)
             accelerator.backward(loss)

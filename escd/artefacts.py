@@ -1,0 +1,150 @@
+"""Small artefacts: a customization's change of the weights at low rank, and in the forms other programs read.
+
+What one image changed in 250 million weights has few directions. `low_rank` keeps the strongest ones of each
+weight; `export` writes them as the LoRA and the textual-inversion embedding that diffusers and the common web
+interfaces load, so that a result can leave this project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .customization import Customization, LowRank
+
+LORA = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights looks for
+WEB_UI = "lora.safetensors"
+EMBEDDING = "embedding.safetensors"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote, and the parameters whose change a LoRA cannot carry: biases and norms."""
+
+    lora: Path | None
+    web_ui: Path | None
+    embedding: Path
+    left_behind: tuple[str, ...]
+
+
+def low_rank(
+    customization: Customization,
+    rank: int | None = None,
+    *,
+    error: float | None = None,
+    only_exportable: bool = False,
+) -> Customization:
+    """The customization with the change of each weight at a rank of at most `rank`.
+
+    Give either `rank`, or `error`: the smallest rank is then taken at which all weights together are off by
+    at most this share of their change (relative Frobenius norm). A weight that its factors would not make
+    smaller is kept as it is; so are biases and norms, which have no rank, unless `only_exportable` leaves
+    out what `export` cannot carry. A weight of shape (out, in, k, k) counts as a matrix (out, in k k).
+    Raises ValueError unless exactly one of `rank` (from 1 on) and `error` (above 0, below 1) is given.
+    """
+    if (rank is None) == (error is None):
+        raise ValueError("give either a rank or an error")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"a rank is a whole number from 1 on, not {rank!r}")
+    if error is not None and not 0 < error < 1:
+        raise ValueError(f"an error is a share between 0 and 1, not {error!r}")
+    matrices = {name: w for name, w in customization.delta.items() if len(w.shape) > 1}
+    bases = {name: _principal(w.float()) for name, w in matrices.items()}
+    if rank is None:
+        rank = _rank_at([energy for _, energy in bases.values()], error)
+    delta: dict[str, Tensor | LowRank] = {}
+    for name, w in customization.delta.items():
+        if name in matrices:
+            factors = _factors(w, bases[name][0], rank)
+            smaller = factors.nbytes < w.nbytes
+            delta[name] = factors if smaller or only_exportable else w
+        elif not only_exportable:
+            delta[name] = w
+    return replace(customization, delta=delta)
+
+
+def relative_error(approximate: Customization, exact: Customization) -> float:
+    """How far the change of the weights is off, as a share of it (relative Frobenius norm, all weights)."""
+    off = total = 0.0
+    for name, w in exact.delta.items():
+        kept = approximate.delta.get(name)
+        dense = w.float()
+        difference = dense if kept is None else dense - kept.float()
+        off += float(difference.double().square().sum())
+        total += float(dense.double().square().sum())
+    return (off / total) ** 0.5 if total else 0.0
+
+
+def export(customization: Customization, folder: str | Path) -> Exported:
+    """Write the customization for other programs: a LoRA in two layouts, and the pseudo-word's embedding.
+
+    `pytorch_lora_weights.safetensors` is for diffusers' `load_lora_weights`, `lora.safetensors` for the
+    common web interfaces, `embedding.safetensors` for `load_textual_inversion`; the prompt is the same, and a
+    LoRA's scale is a strength. A full change is first brought to factors of full rank; use `low_rank` before
+    for a small file. What cannot travel is listed in the result, and is no part of the files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state: dict[str, Tensor] = {}
+    left_behind = []
+    for name, w in customization.delta.items():
+        if len(w.shape) < 2:
+            if w.abs().max() > 0:
+                left_behind.append(name)
+            continue
+        factors = w if isinstance(w, LowRank) else _factors(w, _principal(w.float())[0])
+        module = "unet." + name.removesuffix(".weight")
+        up = factors.up
+        state[f"{module}.lora_A.weight"] = factors.down.contiguous()
+        # peft's LoRA of a convolution ends in one of 1 x 1
+        state[f"{module}.lora_B.weight"] = (up[..., None, None] if len(w.shape) == 4 else up).contiguous()
+    embedding = folder / EMBEDDING
+    save_file({customization.attribute.token: customization.pseudo_word.detach().cpu()[None]}, embedding)
+    lora = web_ui = None
+    if state:
+        lora, web_ui = folder / LORA, folder / WEB_UI
+        save_file(state, lora, metadata={"format": "pt"})
+        converted = {name: w.contiguous() for name, w in convert_state_dict_to_kohya(dict(state)).items()}
+        save_file(converted, web_ui, metadata={"format": "pt"})
+    return Exported(lora, web_ui, embedding, tuple(left_behind))
+
+
+def _matrix(w: Tensor | LowRank) -> Tensor:
+    return w.float().flatten(1)
+
+
+def _principal(w: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis (m, m) of the shorter side of a weight, strongest first, and its energies (m,).
+
+    From the Gram matrix: exact to single precision, and far faster than a singular value decomposition of a
+    wide matrix.
+    """
+    matrix = w.flatten(1).double()
+    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    energy, basis = torch.linalg.eigh(matrix @ matrix.T)
+    return basis.flip(1).float(), energy.flip(0).clamp(min=0)
+
+
+def _factors(w: Tensor | LowRank, basis: Tensor, rank: int | None = None) -> LowRank:
+    """A weight's projection on the first `rank` directions of its basis, its norm shared by both factors."""
+    matrix, kept = _matrix(w), basis[:, :rank]
+    up, down = (kept, kept.T @ matrix) if matrix.shape[0] <= matrix.shape[1] else (matrix @ kept, kept.T)
+    # Half precision has little below 1e-5, where the entries of one factor alone would lie.
+    balance = (down.norm(dim=1) / up.norm(dim=0).clamp(min=1e-12)).sqrt().clamp(min=1e-12)
+    shape = (len(balance), *w.shape[1:])
+    return LowRank((up * balance).half(), (down / balance[:, None]).view(shape).half())
+
+
+def _rank_at(energies: list[Tensor], error: float) -> int:
+    """The smallest rank, the same for all weights, that leaves at most error ** 2 of their energy out."""
+    longest = max((len(e) for e in energies), default=1)
+    total = sum(float(e.sum()) for e in energies)
+    for rank in range(1, longest):
+        if sum(float(e[rank:].sum()) for e in energies) <= error**2 * total:
+            return rank
+    return longest

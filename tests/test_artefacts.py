@@ -1,0 +1,136 @@
+"""Low-rank customizations, and what plain diffusers makes of an exported one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from escd.artefacts import export, low_rank, relative_error
+from escd.customization import LowRank, customized, load_customization
+from escd.pipeline import ESCDPipeline
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_low_rank_change_is_the_best_one_of_its_rank(shape, rank):
+    small = low_rank(shape, rank)
+    assert set(small.delta) == set(shape.delta) and small.nbytes < shape.nbytes
+    for name, w in shape.delta.items():
+        kept = small.delta[name]
+        if not isinstance(kept, LowRank):
+            assert kept is w
+            continue
+        matrix = w.flatten(1)
+        assert kept.shape == tuple(w.shape) and kept.up.shape[1] == min(rank, *matrix.shape)
+        values = torch.linalg.svdvals(matrix)
+        best = values[rank:].square().sum().sqrt()
+        off = (kept.float() - w).norm()
+        assert off <= best * 1.001 + 2e-3 * matrix.norm(), f"{name}: {off} where {best} can be had"
+
+
+def test_the_rank_follows_from_the_error_that_is_allowed(shape):
+    errors = (0.5, 0.2, 0.05)
+    smalls = [low_rank(shape, error=error, only_exportable=True) for error in errors]
+    without_vectors = low_rank(shape, 10_000, only_exportable=True)
+    assert relative_error(without_vectors, without_vectors) == 0
+    for error, small in zip(errors, smalls, strict=True):
+        assert relative_error(small, without_vectors) <= error + 1e-3
+    ranks = [max(w.up.shape[1] for w in small.delta.values()) for small in smalls]
+    assert ranks == sorted(ranks) and ranks[0] < ranks[-1]
+    looser = low_rank(shape, ranks[0] - 1, only_exportable=True)
+    assert relative_error(looser, without_vectors) > errors[0], "a smaller rank would have done"
+
+
+def test_a_rank_beyond_the_weight_changes_nothing_but_rounding(shape):
+    assert relative_error(low_rank(shape, 10_000), shape) < 1e-3
+    assert relative_error(low_rank(shape, 10_000, only_exportable=True), shape) > 0, "vectors are left out"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"rank": 2, "error": 0.1}, {"rank": 0}, {"rank": True}, {"error": 0.0}, {"error": 1.0}]
+)
+def test_bad_ranks_are_refused(shape, wrong):
+    with pytest.raises(ValueError):
+        low_rank(shape, **wrong)
+
+
+def test_a_low_rank_customization_is_saved_read_and_used_like_any_other(backbone, shape, tmp_path):
+    small = low_rank(shape, 2)
+    file = small.save(tmp_path / "small.safetensors")
+    read = load_customization(file, backbone)
+    assert file.stat().st_size < shape.save(tmp_path / "full.safetensors").stat().st_size
+    for name, w in small.delta.items():
+        assert torch.equal(read.delta[name].float(), w.float())
+        assert isinstance(read.delta[name], LowRank) == isinstance(w, LowRank)
+    before = {n: p.detach().clone() for n, p in backbone.unet.named_parameters()}
+    with customized(backbone.unet, [(read, 0.5)]):
+        for name, p in backbone.unet.named_parameters():
+            change = 0.5 * small.delta[name].float() if name in small.delta else 0
+            torch.testing.assert_close(p.detach(), before[name] + change)
+    assert all(torch.equal(p, before[n]) for n, p in backbone.unet.named_parameters())
+
+
+@pytest.mark.parametrize("broken", ["missing", "other rank"])
+def test_factors_that_do_not_belong_together_are_refused(backbone, shape, tmp_path, broken):
+    file = low_rank(shape, 2).save(tmp_path / "small.safetensors")
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    tensors = load_file(file)
+    name = next(n for n in tensors if n.startswith("down."))
+    if broken == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:1]
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(ValueError, match="do not belong together"):
+        load_customization(file, backbone)
+
+
+@pytest.mark.parametrize("attribute", ["shape", "appearance"])
+def test_plain_diffusers_draws_the_same_picture_from_an_exported_customization(
+    attribute, backbone, tiny_folder, tmp_path, request
+):
+    learnt = low_rank(request.getfixturevalue(attribute), 3, only_exportable=True)
+    done = export(learnt, tmp_path)
+    assert done.left_behind == () and done.web_ui.is_file()
+    token = learnt.attribute.token
+    prompt = f"a {token} shape on a gray background"
+    noise = torch.randn(2, *backbone.latent_shape, generator=torch.Generator().manual_seed(3))
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
+    ours = ESCDPipeline(backbone, **{attribute: learnt})
+    ours.set_progress_bar_config(disable=True)
+    ours = ours(prompt, num_images_per_prompt=2, latents=noise, **settings).images
+
+    plain = StableDiffusionPipeline.from_pretrained(
+        tiny_folder, safety_checker=None, requires_safety_checker=False, local_files_only=True
+    )
+    plain.set_progress_bar_config(disable=True)
+    untouched = plain(prompt, num_images_per_prompt=2, latents=noise, **settings).images
+    plain.load_lora_weights(tmp_path, weight_name=done.lora.name)
+    plain.load_textual_inversion(str(done.embedding), token=token)
+    theirs = plain(prompt, num_images_per_prompt=2, latents=noise, **settings).images
+    assert (theirs - untouched).abs().max() > 0.05, "the customization shows"
+    assert (theirs - ours).abs().max() < 1e-3
+
+
+def test_what_a_lora_cannot_carry_is_listed(backbone, shape, tmp_path):
+    done = export(shape, tmp_path)
+    assert set(done.left_behind) == {n for n, w in shape.delta.items() if w.ndim == 1}
+    written = load_file(done.lora)
+    names = {n.removeprefix("unet.").split(".lora_")[0] for n in written}
+    assert names == {n.removesuffix(".weight") for n, w in shape.delta.items() if w.ndim > 1}
+    for name in load_file(done.web_ui):
+        assert name.startswith("lora_unet_") and name.split(".", 1)[1] in (
+            "lora_down.weight",
+            "lora_up.weight",
+            "alpha",
+        )
+    assert load_file(done.embedding)["*m"].shape == (1, len(shape.pseudo_word))
+
+
+def test_a_pseudo_word_alone_is_exported_as_an_embedding_alone(shape, tmp_path):
+    shape.delta = {}
+    done = export(shape, tmp_path)
+    assert done.lora is None and done.web_ui is None and done.embedding.is_file()
