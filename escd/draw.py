@@ -43,8 +43,9 @@ from escd.canvas import (
     pixels,
 )
 from escd.customization import ATTRIBUTES, Customization
-from escd.encoder import GRIDS, TIMESTEP, down_path, feature_widths
+from escd.encoder import GRIDS, TIMESTEP, feature_widths
 from escd.fusion import AttributeFilter
+from escd.halves import down_path
 from escd.numbers import ARMS, repeatable, results, run_again, study, training, weights_of, write_numbers
 from escd.pipeline import ESCDPipeline
 from escd.records import Record

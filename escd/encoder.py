@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+from .halves import down_path
 
+if TYPE_CHECKING:
     from .backbone import Backbone
 
 # How noisy the reference is read: little noise keeps the outline and the texture, and still looks to the UNet
@@ -19,28 +19,6 @@ TIMESTEP = 200
 # Each feature map is averaged over the whole frame and over a 2 x 2 grid: E4T's global means forget where a
 # part of the outline lies.
 GRIDS = (1, 2)
-
-
-def down_path(unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
-    """Feature maps of conv_in, of every layer of the down blocks and of the mid block, each (B, C, h, w).
-
-    x_t: noised latents (B, 4, h, w); t: (B,) timesteps; text: (B, L, D). Bit-equal to what ``unet.forward``
-    computes on its way down.
-    """
-    emb = unet.time_embedding(unet.time_proj(t).to(x_t.dtype))  # (B, E)
-    h = unet.conv_in(x_t)
-    maps = [h]
-    for block in unet.down_blocks:
-        if getattr(block, "has_cross_attention", False):
-            h, new = block(hidden_states=h, temb=emb, encoder_hidden_states=text)
-        else:
-            h, new = block(hidden_states=h, temb=emb)
-        maps += new
-    if getattr(unet.mid_block, "has_cross_attention", False):
-        h = unet.mid_block(h, emb, encoder_hidden_states=text)
-    else:
-        h = unet.mid_block(h, emb)
-    return [*maps, h]
 
 
 def pooled(maps: list[Tensor], grids: tuple[int, ...] = GRIDS) -> Tensor:

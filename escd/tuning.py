@@ -10,12 +10,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from .backbone import Backbone, loss_weight, target_of
 from .customization import Attribute, Customization, resolve_attribute
 from .fusion import pseudo_word
+from .halves import down_path, half_of, up_path, with_weights
 from .images import Source, open_image_and_mask
 from .measure import foreground_mask
 from .parts import parameters_of
@@ -49,6 +50,9 @@ RATES = {
 }
 STEPS = {"shape": 250, "appearance": 80}
 
+# Who reads the pseudo-word while it is learnt, and where its gradient comes from.
+CONDITIONING = ("joint", "half", "cached")
+
 
 @dataclass(frozen=True)
 class TuningConfig:
@@ -70,10 +74,16 @@ class TuningConfig:
     views: int = 64
     # Share of the views in which the other attribute is changed (`views_of`).
     augmentation: float = 0.75
+    # "joint": both halves read the pseudo-word and its gradient comes from both, as in plain tuning. "half":
+    # both read it, its gradient comes from the half that is tuned alone, and a frozen encoder runs without
+    # gradients. "cached": the encoder reads the attribute's word instead, and what it makes of `draws` noised
+    # views is computed once; for parts of the decoder.
+    conditioning: str = "joint"
+    draws: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "views", "seed"):
+        for name in ("steps", "batch_size", "views", "draws", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} is a whole number, not {value!r}")
@@ -81,8 +91,10 @@ class TuningConfig:
             raise ValueError(
                 f"steps must not be negative, not {self.steps} (0 gives the attribute filter's pseudo-word)"
             )
-        if self.batch_size < 1 or self.views < 1:
-            raise ValueError("batch_size and views must be at least 1")
+        if self.batch_size < 1 or self.views < 1 or self.draws < 1:
+            raise ValueError("batch_size, views and draws must be at least 1")
+        if self.conditioning not in CONDITIONING:
+            raise ValueError(f"conditioning is {' or '.join(CONDITIONING)}, not {self.conditioning!r}")
         for name in ("learning_rate", "word_learning_rate"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
@@ -256,6 +268,12 @@ def customize(
     elif config.attribute != attribute.name:
         raise ValueError(f"the configuration is for {config.attribute!r}, not for {attribute.name!r}")
     trained = {} if config.part == NO_PART else parameters_of(backbone.unet, config.part)
+    halves = _HALVES[config.conditioning]
+    if halves and half_of(list(trained)) not in halves:
+        raise ValueError(
+            f"conditioning {config.conditioning!r} is for a part of the {' or the '.join(halves)} alone, "
+            f"not for {config.part!r}"
+        )
     backbone.word_embedding(attribute.word)  # an unusable word is refused before the work
     picture, inside = open_image_and_mask(image, backbone.image_size, mask)
     if mask is None:
@@ -311,35 +329,41 @@ def _tune(
     # All draws come from one generator on the CPU: the same seed is the same run on every device.
     generator = torch.Generator().manual_seed(config.seed)
     timesteps = backbone.scheduler.config.num_train_timesteps
+
+    def draw(count: int) -> _Draws:
+        pick = torch.randint(0, len(latents), (count,), generator=generator)
+        t = torch.randint(0, timesteps, (count,), generator=generator).to(device)
+        x_0 = latents[pick.to(device)]
+        noise = torch.randn(x_0.shape, generator=generator).to(device)
+        u = torch.rand(count, generator=generator).tolist()
+        said = [prompts[k][int(share * len(prompts[k]))] for k, share in zip(pick.tolist(), u, strict=True)]
+        return _Draws(
+            x_t=backbone.scheduler.add_noise(x_0, noise, t).to(unet.dtype),
+            t=t,
+            target=target_of(backbone.scheduler, x_0, noise, t),
+            inside=masks[pick.to(device)],
+            prompts=said,
+        )
+
     bar = tqdm(
         range(config.steps), desc=f"{attribute.name} ({config.part})", unit="step", disable=not progress
     )
     try:
         with _fast_arithmetic(device):
+            kept = None
+            if config.conditioning == "cached":
+                kept = _read(draw(config.draws), backbone, attribute, config.batch_size)
             for step in bar:
                 # The last fifth of the steps settles: a constant rate leaves one image's noise in the
                 # weights.
                 left = min(1.0, (config.steps - step) / (0.2 * config.steps))
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * min(left, (step + 1) / 10)
-                pick = torch.randint(0, len(latents), (config.batch_size,), generator=generator)
-                t = torch.randint(0, timesteps, (config.batch_size,), generator=generator).to(device)
-                x_0, inside_t = latents[pick.to(device)], masks[pick.to(device)]
-                noise = torch.randn(x_0.shape, generator=generator).to(device)
-                u = torch.rand(config.batch_size, generator=generator).tolist()
-                words = [
-                    prompts[k][int(share * len(prompts[k]))]
-                    for k, share in zip(pick.tolist(), u, strict=True)
-                ]
-                x_t = backbone.scheduler.add_noise(x_0, noise, t)
-                target = target_of(backbone.scheduler, x_0, noise, t)
-                text = backbone.encode_prompt(words, {attribute.token: v})
-                # Eq. 6: only the part's weights and the pseudo-word learn; everything else is a constant.
-                out = functional_call(
-                    unet, weights, (x_t.to(unet.dtype), t), {"encoder_hidden_states": text.to(unet.dtype)}
-                ).sample
-                weight = loss_weight(backbone.scheduler, t)[:, None, None, None] * inside_t
-                loss = ((out.float() - target).square() * weight).mean() / inside_t.mean()
+                seen = draw(config.batch_size) if kept is None else kept.some(config.batch_size, generator)
+                text = backbone.encode_prompt(seen.prompts, {attribute.token: v}).to(unet.dtype)
+                out = _predicted(unet, weights, seen, text, config.conditioning)
+                weight = loss_weight(backbone.scheduler, seen.t)[:, None, None, None] * seen.inside
+                loss = ((out.float() - seen.target).square() * weight).mean() / seen.inside.mean()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -359,6 +383,67 @@ def _tune(
         )
     finally:
         bar.close()
+
+
+# Which half the part must be of; none: any part.
+_HALVES = {"joint": (), "half": ("encoder", "decoder"), "cached": ("decoder",)}
+
+
+@dataclass
+class _Draws:
+    """Noised views (N, C, h, w), and what the UNet is to make of them; maps: what its encoder already has."""
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    inside: Tensor
+    prompts: list[str]
+    maps: list[Tensor] | None = None
+
+    def some(self, count: int, generator: torch.Generator) -> _Draws:
+        """A random choice of `count` of them."""
+        rows = torch.randint(0, len(self.t), (count,), generator=generator)
+        return self.at(rows)
+
+    def at(self, rows: Tensor) -> _Draws:
+        there = rows.to(self.t.device)
+        return _Draws(
+            self.x_t[there],
+            self.t[there],
+            self.target[there],
+            self.inside[there],
+            [self.prompts[k] for k in rows.tolist()],
+            None if self.maps is None else [m[there] for m in self.maps],
+        )
+
+
+@torch.no_grad()
+def _read(draws: _Draws, backbone: Backbone, attribute: Attribute, batch_size: int) -> _Draws:
+    """The draws with what the untouched encoder makes of them under the attribute's plain word."""
+    parts = []
+    for rows in torch.arange(len(draws.t)).split(batch_size):
+        part = draws.at(rows)
+        words = [prompt.replace(attribute.token, attribute.word) for prompt in part.prompts]
+        text = backbone.encode_prompt(words).to(backbone.unet.dtype)
+        parts.append(down_path(backbone.unet, part.x_t, part.t, text))
+    return replace(draws, maps=[torch.cat(maps) for maps in zip(*parts, strict=True)])
+
+
+def _predicted(
+    unet: nn.Module, weights: dict[str, Tensor], seen: _Draws, text: Tensor, conditioning: str
+) -> Tensor:
+    """The UNet's prediction for the draws; only `weights` and `text` carry gradients (Eq. 6)."""
+    if conditioning == "joint":
+        inputs = (seen.x_t, seen.t)
+        return functional_call(unet, weights, inputs, {"encoder_hidden_states": text}).sample
+    if half_of(list(weights)) == "encoder":
+        maps = with_weights(down_path, unet, weights, seen.x_t, seen.t, text)
+        return up_path(unet, maps, seen.t, text.detach())
+    maps = seen.maps
+    if maps is None:
+        with torch.no_grad():
+            maps = down_path(unet, seen.x_t, seen.t, text)
+    return with_weights(up_path, unet, weights, maps, seen.t, text)
 
 
 def _readable(backbone: Backbone, token: str, said: Sequence[str], plain: Sequence[str]) -> list[str]:

@@ -8,8 +8,18 @@ import torch
 import escd
 from escd.backbone import loss_weight, target_of
 from escd.fusion import AttributeFilter, pseudo_word
-from escd.parts import names_of
-from escd.tuning import NO_PART, PROMPTS, TuningConfig, recoloured, reshaped, views_of
+from escd.parts import names_of, parameters_of
+from escd.tuning import (
+    NO_PART,
+    PROMPTS,
+    TuningConfig,
+    _Draws,
+    _predicted,
+    _read,
+    recoloured,
+    reshaped,
+    views_of,
+)
 from escd.world import BACKGROUND_RGB, COLOURS, PATTERNS, SHAPES
 
 
@@ -127,6 +137,92 @@ def test_interrupted_tuning_keeps_what_it_has(backbone, picture):
         picture, "shape", backbone, config=quick("shape"), callback=lambda s, loss: s == 1, progress=False
     )
     assert ended.steps == 1
+
+
+def gradients(backbone, seen, weights, v, conditioning):
+    """Prediction, and gradients of its square, for the weights and for the pseudo-word."""
+    for p in (*weights.values(), v):
+        p.grad = None
+    text = backbone.encode_prompt(seen.prompts, {"*a": v})
+    out = _predicted(backbone.unet, weights, seen, text, conditioning)
+    out.square().mean().backward()
+    return out.detach(), {n: p.grad.clone() for n, p in weights.items()}, v.grad.clone()
+
+
+@pytest.fixture()
+def seen(backbone):
+    """Three noised views."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (3, *backbone.latent_shape)
+    return _Draws(
+        x_t=torch.randn(shape, generator=generator),
+        t=torch.tensor([20, 400, 900]),
+        target=torch.zeros(shape),
+        inside=torch.ones(3, 1, 1, 1),
+        prompts=["a star shape with *a appearance", "a *a star", "the appearance of *a"],
+    )
+
+
+def learning(backbone, part):
+    parameters = parameters_of(backbone.unet, part)
+    weights = {n: (p + 0.01).detach().requires_grad_() for n, p in parameters.items()}
+    return weights, (0.3 * torch.randn(32, generator=torch.Generator().manual_seed(2))).requires_grad_()
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_half_conditioning_changes_only_where_the_pseudo_words_gradient_comes_from(backbone, seen, part):
+    weights, v = learning(backbone, part)
+    joint, of_weights, of_word = gradients(backbone, seen, weights, v, "joint")
+    half, of_weights_half, of_word_half = gradients(backbone, seen, weights, v, "half")
+    assert torch.equal(joint, half)
+    for name in weights:
+        torch.testing.assert_close(of_weights_half[name], of_weights[name])
+    assert not torch.allclose(of_word, of_word_half) and of_word_half.abs().max() > 0
+
+
+def test_cached_encoder_outputs_give_the_loss_and_gradients_of_recomputing_them(backbone, seen):
+    weights, v = learning(backbone, "decoder")
+    cached = _read(seen, backbone, escd.ATTRIBUTES["appearance"], batch_size=2)
+    out, of_weights, of_word = gradients(backbone, cached, weights, v, "cached")
+
+    # Recomputed by the UNet's own forward, whose decoder is handed the other text.
+    words = [p.replace("*a", "appearance") for p in seen.prompts]
+    plain, text = backbone.encode_prompt(words), backbone.encode_prompt(seen.prompts, {"*a": v})
+    swap = [
+        block.register_forward_pre_hook(
+            lambda _module, inputs, given: (inputs, given | {"encoder_hidden_states": text}), with_kwargs=True
+        )
+        for block in backbone.unet.up_blocks
+    ]
+    v.grad = None
+    again = torch.func.functional_call(backbone.unet, weights, (seen.x_t, seen.t, plain)).sample
+    recomputed = torch.autograd.grad(again.square().mean(), [*weights.values(), v])
+    for hook in swap:
+        hook.remove()
+    torch.testing.assert_close(out, again.detach())
+    for mine, theirs in zip([*of_weights.values(), of_word], recomputed, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("conditioning", ["half", "cached"])
+def test_the_other_conditionings_learn(backbone, picture, conditioning):
+    config = quick("appearance", conditioning=conditioning, draws=6)
+    learnt = escd.customize(picture, "appearance", backbone, config=config, progress=False)
+    assert set(learnt.delta) == set(names_of(backbone.unet, "decoder")) and learnt.steps == 3
+    assert not torch.equal(learnt.pseudo_word, backbone.word_embedding("appearance"))
+    same = escd.customize(picture, "appearance", backbone, config=config, progress=False)
+    assert same.losses == learnt.losses
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "part"), [("cached", "encoder"), ("half", "all"), ("cached", "mid"), ("half", NO_PART)]
+)
+def test_conditionings_are_for_one_half(backbone, picture, conditioning, part):
+    with pytest.raises(ValueError, match=r"alone, not for"):
+        config = quick("shape", part, conditioning=conditioning)
+        escd.customize(picture, "shape", backbone, config=config, progress=False)
+    with pytest.raises(ValueError, match="conditioning is"):
+        quick("shape", conditioning="none")
 
 
 def test_a_mask_confines_the_loss(backbone, picture):
