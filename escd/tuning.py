@@ -330,14 +330,14 @@ def _tune(
     generator = torch.Generator().manual_seed(config.seed)
     timesteps = backbone.scheduler.config.num_train_timesteps
 
-    def draw(count: int) -> _Draws:
+    def draw(count: int) -> Draws:
         pick = torch.randint(0, len(latents), (count,), generator=generator)
         t = torch.randint(0, timesteps, (count,), generator=generator).to(device)
         x_0 = latents[pick.to(device)]
         noise = torch.randn(x_0.shape, generator=generator).to(device)
         u = torch.rand(count, generator=generator).tolist()
         said = [prompts[k][int(share * len(prompts[k]))] for k, share in zip(pick.tolist(), u, strict=True)]
-        return _Draws(
+        return Draws(
             x_t=backbone.scheduler.add_noise(x_0, noise, t).to(unet.dtype),
             t=t,
             target=target_of(backbone.scheduler, x_0, noise, t),
@@ -352,7 +352,7 @@ def _tune(
         with _fast_arithmetic(device):
             kept = None
             if config.conditioning == "cached":
-                kept = _read(draw(config.draws), backbone, attribute, config.batch_size)
+                kept = read_ahead(draw(config.draws), backbone, attribute, config.batch_size)
             for step in bar:
                 # The last fifth of the steps settles: a constant rate leaves one image's noise in the
                 # weights.
@@ -361,7 +361,7 @@ def _tune(
                     group["lr"] = rate * min(left, (step + 1) / 10)
                 seen = draw(config.batch_size) if kept is None else kept.some(config.batch_size, generator)
                 text = backbone.encode_prompt(seen.prompts, {attribute.token: v}).to(unet.dtype)
-                out = _predicted(unet, weights, seen, text, config.conditioning)
+                out = predicted(unet, weights, seen, text, config.conditioning)
                 weight = loss_weight(backbone.scheduler, seen.t)[:, None, None, None] * seen.inside
                 loss = ((out.float() - seen.target).square() * weight).mean() / seen.inside.mean()
                 loss.backward()
@@ -390,7 +390,7 @@ _HALVES = {"joint": (), "half": ("encoder", "decoder"), "cached": ("decoder",)}
 
 
 @dataclass
-class _Draws:
+class Draws:
     """Noised views (N, C, h, w), and what the UNet is to make of them; maps: what its encoder already has."""
 
     x_t: Tensor
@@ -400,14 +400,14 @@ class _Draws:
     prompts: list[str]
     maps: list[Tensor] | None = None
 
-    def some(self, count: int, generator: torch.Generator) -> _Draws:
+    def some(self, count: int, generator: torch.Generator) -> Draws:
         """A random choice of `count` of them."""
         rows = torch.randint(0, len(self.t), (count,), generator=generator)
         return self.at(rows)
 
-    def at(self, rows: Tensor) -> _Draws:
+    def at(self, rows: Tensor) -> Draws:
         there = rows.to(self.t.device)
-        return _Draws(
+        return Draws(
             self.x_t[there],
             self.t[there],
             self.target[there],
@@ -418,7 +418,7 @@ class _Draws:
 
 
 @torch.no_grad()
-def _read(draws: _Draws, backbone: Backbone, attribute: Attribute, batch_size: int) -> _Draws:
+def read_ahead(draws: Draws, backbone: Backbone, attribute: Attribute, batch_size: int) -> Draws:
     """The draws with what the untouched encoder makes of them under the attribute's plain word."""
     parts = []
     for rows in torch.arange(len(draws.t)).split(batch_size):
@@ -429,8 +429,8 @@ def _read(draws: _Draws, backbone: Backbone, attribute: Attribute, batch_size: i
     return replace(draws, maps=[torch.cat(maps) for maps in zip(*parts, strict=True)])
 
 
-def _predicted(
-    unet: nn.Module, weights: dict[str, Tensor], seen: _Draws, text: Tensor, conditioning: str
+def predicted(
+    unet: nn.Module, weights: dict[str, Tensor], seen: Draws, text: Tensor, conditioning: str
 ) -> Tensor:
     """The UNet's prediction for the draws; only `weights` and `text` carry gradients (Eq. 6)."""
     if conditioning == "joint":

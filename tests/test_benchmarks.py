@@ -3,7 +3,11 @@
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
+from diffusers import UNet2DConditionModel
+
+from escd.parts import parameters_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -19,3 +23,38 @@ def test_world(capsys, monkeypatch):
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[2:]] == ["1", "4"]
     assert all(float(row.split()[1]) > 0 for row in rows[2:])
+
+
+def test_tuning_cost(capsys, monkeypatch):
+    arguments = ["--size", "small", "--pixels", "64", "--rounds", "1", "--steps", "1", "--device", "cpu"]
+    chosen = ["--dtype", "float32", "--threads", "1", "--methods", "shape", "appearance, encoder"]
+    monkeypatch.setattr("sys.argv", ["tuning_cost.py", *arguments, *chosen])
+    runpy.run_path(str(FOLDER / "tuning_cost.py"), run_name="__main__")
+    _, head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "FLOPs" and len(rows) == 3
+    whole, shape, kept = (row.split() for row in rows)
+    assert whole[-1] == "1.00" and float(kept[-1]) < float(shape[-1]) < 1
+    assert all(float(number) > 0 for row in (whole, shape, kept) for number in row[-7:])
+
+
+def test_the_cost_of_stable_diffusions_halves():
+    cost = runpy.run_path(str(FOLDER / "tuning_cost.py"))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**cost["SD15"])
+    millions = {
+        part: round(sum(p.numel() for p in parameters_of(unet, part).values()) / 1e6, 1)
+        for part in ("all", "encoder", "mid", "decoder")
+    }
+    assert millions == {"all": 859.5, "encoder": 249.6, "mid": 97.0, "decoder": 510.8}
+    methods = cost["METHODS"]
+    whole, shape, half, kept = (
+        cost["flops"](methods[name], "sd15", 1, 512)
+        for name in (
+            cost["WHOLE"],
+            "shape",
+            "appearance, frozen encoder without gradients",
+            "appearance, encoder outputs kept",
+        )
+    )
+    # 0.77, 0.78 and 0.67 of multiplications alone; attention computes some of its forward pass twice
+    assert [x / whole for x in (shape, half, kept)] == pytest.approx([0.77, 0.78, 0.67], abs=0.03)

@@ -12,10 +12,10 @@ from escd.parts import names_of, parameters_of
 from escd.tuning import (
     NO_PART,
     PROMPTS,
+    Draws,
     TuningConfig,
-    _Draws,
-    _predicted,
-    _read,
+    predicted,
+    read_ahead,
     recoloured,
     reshaped,
     views_of,
@@ -144,7 +144,7 @@ def gradients(backbone, seen, weights, v, conditioning):
     for p in (*weights.values(), v):
         p.grad = None
     text = backbone.encode_prompt(seen.prompts, {"*a": v})
-    out = _predicted(backbone.unet, weights, seen, text, conditioning)
+    out = predicted(backbone.unet, weights, seen, text, conditioning)
     out.square().mean().backward()
     return out.detach(), {n: p.grad.clone() for n, p in weights.items()}, v.grad.clone()
 
@@ -154,7 +154,7 @@ def seen(backbone):
     """Three noised views."""
     generator = torch.Generator().manual_seed(1)
     shape = (3, *backbone.latent_shape)
-    return _Draws(
+    return Draws(
         x_t=torch.randn(shape, generator=generator),
         t=torch.tensor([20, 400, 900]),
         target=torch.zeros(shape),
@@ -182,7 +182,7 @@ def test_half_conditioning_changes_only_where_the_pseudo_words_gradient_comes_fr
 
 def test_cached_encoder_outputs_give_the_loss_and_gradients_of_recomputing_them(backbone, seen):
     weights, v = learning(backbone, "decoder")
-    cached = _read(seen, backbone, escd.ATTRIBUTES["appearance"], batch_size=2)
+    cached = read_ahead(seen, backbone, escd.ATTRIBUTES["appearance"], batch_size=2)
     out, of_weights, of_word = gradients(backbone, cached, weights, v, "cached")
 
     # Recomputed by the UNet's own forward, whose decoder is handed the other text.

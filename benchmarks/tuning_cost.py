@@ -1,0 +1,242 @@
+"""What one tuning step costs, side by side with the alternatives: `python benchmarks/tuning_cost.py`.
+
+Each method runs in a process of its own, which gives its peak memory, and the methods take turns, round after
+round, so that a slow minute of the machine meets all of them. All tune the same UNet (random weights: cost
+does not depend on them) with the same optimiser, data type, batch and resolution. Ratios are to tuning the
+whole UNet, as DreamBooth does; the floor is the ratio of the floating-point operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from escd.halves import down_path
+from escd.parts import parameters_of
+from escd.tuning import Draws, predicted
+
+SD15 = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}  # UNet2DConditionModel's other defaults are Stable Diffusion's
+SMALL = {
+    "sample_size": 16,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+    "cross_attention_dim": 64,
+    "attention_head_dim": 4,
+}
+SIZES = {"sd15": SD15, "small": SMALL}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What learns: a part of the UNet (None: nothing of it), only some of its weights, a pseudo-word."""
+
+    part: str | None
+    word: bool
+    conditioning: str = "joint"
+    only: tuple[str, ...] = ("",)
+    lora: int = 0
+
+
+METHODS = {
+    "whole UNet (DreamBooth)": Method("all", word=False),
+    "keys and values (Custom Diffusion)": Method("all/attn2", word=True, only=("to_k", "to_v")),
+    "LoRA, rank 16 (peft)": Method(None, word=False, lora=16),
+    "pseudo-word (Textual Inversion)": Method(None, word=True),
+    "shape": Method("encoder", word=True),
+    "appearance": Method("decoder", word=True),
+    "appearance, frozen encoder without gradients": Method("decoder", word=True, conditioning="half"),
+    "appearance, encoder outputs kept": Method("decoder", word=True, conditioning="cached"),
+}
+WHOLE = next(iter(METHODS))
+
+
+def prepare(
+    method: Method,
+    size: str,
+    batch: int,
+    pixels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpointing: bool,
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A function that gives one step's loss, and what learns."""
+    config = SIZES[size]
+    with torch.device(device):
+        unet = nn.Module.to(UNet2DConditionModel(**config), dtype).requires_grad_(False)
+        side = pixels // 8
+        x_t = torch.randn(batch, 4, side, side, dtype=dtype)
+        target = torch.randn_like(x_t)
+        text = torch.randn(batch, 77, config["cross_attention_dim"], dtype=dtype)
+        t = torch.full((batch,), 500)
+        inside = torch.ones(batch, 1, 1, 1, dtype=dtype)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    learning: list[Tensor] = []
+    weights: dict[str, Tensor] = {}
+    if method.lora:
+        from peft import LoraConfig
+
+        attention = ["to_q", "to_k", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=method.lora, lora_alpha=method.lora, target_modules=attention))
+        learning += [p for p in unet.parameters() if p.requires_grad]
+    if method.part is not None:
+        chosen = parameters_of(unet, method.part)
+        # the network's own tensors learn: a copy would be memory that diffusers' scripts do not need
+        weights = {
+            name: p.requires_grad_() for name, p in chosen.items() if any(o in name for o in method.only)
+        }
+        learning += weights.values()
+    if method.word:
+        text = text.requires_grad_()
+        learning.append(text)
+    seen = Draws(x_t, t, target, inside, [""] * batch)
+    if method.conditioning == "cached":
+        with torch.no_grad():
+            seen.maps = down_path(unet, x_t, t, text)
+
+    def loss() -> Tensor:
+        return (predicted(unet, weights, seen, text, method.conditioning) - target).square().mean()
+
+    return loss, learning
+
+
+def flops(method: Method, size: str, batch: int, pixels: int) -> int:
+    """Floating-point operations of one forward and backward pass, counted without computing them."""
+    loss, _ = prepare(method, size, batch, pixels, torch.device("meta"), torch.float32, False)
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return counter.get_total_flops()
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds a step without and with the optimiser, and the peak memory of this process or of its GPU."""
+    device = torch.device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    method = METHODS[arguments.child]
+    given = (arguments.size, arguments.batch, arguments.pixels, device, dtype, arguments.checkpointing)
+    loss, learning = prepare(method, *given)
+    optimizer = torch.optim.AdamW(learning, lr=1e-5)
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    gradients, steps = [], []
+    for k in range(arguments.steps + 1):
+        start = wait()
+        loss().backward()
+        between = wait()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if k:  # the first step allocates
+            gradients.append(between - start)
+            steps.append(wait() - start)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "gradients": statistics.median(gradients),
+        "step": statistics.median(steps),
+        "peak": peak / 2**30,
+    }
+
+
+def table(rounds: dict[str, list[dict[str, float]]], operations: dict[str, int]) -> str:
+    """One row a method: medians over the rounds, and their ratios to tuning the whole UNet."""
+    head = f"{'':46}{'s a step':>10}{'ratio':>7}{'no optimiser':>14}{'ratio':>7}{'GB':>7}{'ratio':>7}"
+    head += f"{'FLOPs':>8}"
+    lines = [head]
+    middle = {
+        name: {key: statistics.median(one[key] for one in each) for key in each[0]}
+        for name, each in rounds.items()
+    }
+    whole = middle[WHOLE]
+    for name, row in middle.items():
+        # Ratios within a round: what slows the machine for minutes slows both.
+        ratio = {
+            key: statistics.median(a[key] / b[key] for a, b in zip(rounds[name], rounds[WHOLE], strict=True))
+            for key in whole
+        }
+        lines.append(
+            f"{name:46}{row['step']:>10.3f}{ratio['step']:>7.2f}{row['gradients']:>14.3f}{ratio['gradients']:>7.2f}"
+            f"{row['peak']:>7.2f}{ratio['peak']:>7.2f}{operations[name] / operations[WHOLE]:>8.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every method in turn and print the table."""
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="sd15", help="of the UNet")
+    parser.add_argument("--pixels", type=int, default=512 if cuda else 256)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=10 if cuda else 2, help="timed steps a method and round")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="gradient checkpointing, for all methods"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="those whose name begins so; default: all"
+    )
+    parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(arguments)))
+        return
+    wanted = tuple(arguments.methods or [""])
+    names = [name for name in METHODS if name == WHOLE or name.startswith(wanted)]
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for number in range(arguments.rounds):
+        for name in names:
+            print(f"round {number + 1} of {arguments.rounds}: {name}", file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
+            rounds[name].append(
+                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            )
+    operations = {
+        name: flops(METHODS[name], arguments.size, arguments.batch, arguments.pixels) for name in names
+    }
+    where = (
+        torch.cuda.get_device_name()
+        if arguments.device == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    print(
+        f"{where}, torch {torch.__version__}, {arguments.size}, {arguments.pixels} px, "
+        f"batch {arguments.batch}, {arguments.dtype}{', checkpointing' if arguments.checkpointing else ''}, {arguments.rounds} rounds"
+    )
+    print(table(rounds, operations))
+
+
+if __name__ == "__main__":
+    main()
