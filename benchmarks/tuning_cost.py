@@ -231,10 +231,9 @@ def main() -> None:
         if arguments.device == "cuda"
         else torch.backends.cpu.get_cpu_capability()
     )
-    print(
-        f"{where}, torch {torch.__version__}, {arguments.size}, {arguments.pixels} px, "
-        f"batch {arguments.batch}, {arguments.dtype}{', checkpointing' if arguments.checkpointing else ''}, {arguments.rounds} rounds"
-    )
+    print(f"{where}, torch {torch.__version__}; {arguments.rounds} rounds of {arguments.steps} steps")
+    kind = ", gradient checkpointing" if arguments.checkpointing else ""
+    print(f"{arguments.size}, {arguments.pixels} px, batch {arguments.batch}, {arguments.dtype}{kind}")
     print(table(rounds, operations))
 
 

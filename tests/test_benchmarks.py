@@ -30,7 +30,7 @@ def test_tuning_cost(capsys, monkeypatch):
     chosen = ["--dtype", "float32", "--threads", "1", "--methods", "shape", "appearance, encoder"]
     monkeypatch.setattr("sys.argv", ["tuning_cost.py", *arguments, *chosen])
     runpy.run_path(str(FOLDER / "tuning_cost.py"), run_name="__main__")
-    _, head, *rows = capsys.readouterr().out.splitlines()
+    _, _, head, *rows = capsys.readouterr().out.splitlines()
     assert head.split()[-1] == "FLOPs" and len(rows) == 3
     whole, shape, kept = (row.split() for row in rows)
     assert whole[-1] == "1.00" and float(kept[-1]) < float(shape[-1]) < 1
