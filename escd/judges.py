@@ -227,8 +227,6 @@ def judgement(logits: dict[str, Tensor]) -> Judgement:
 
 def load_judges(folder: str | Path = WEIGHTS / "judges", device: str | torch.device = "cpu") -> Judges:
     """The judges that ship with the package, or those of a folder; FileNotFoundError where there are none."""
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"no judges in {folder}")
     # diffusers would look for a folder that is not there on the hub.
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"no judges in {folder}: `python -m escd.judges` trains them")
@@ -427,7 +425,7 @@ class JudgeStage:
     loop = LoopConfig(
         images=128_000, batch_size=64, learning_rate=4e-3, warmup=0.02, decay=0.7, ema_decay=0.98, seed=15
     )
-    decoded = 0.3  # share of the training pictures that go through the autoencoder itself
+    decoded = 0.5  # share of the training pictures that go through the autoencoder itself
     reuse = 3  # times a picture is shown, always spoilt another way: making one takes longer than learning it
     bank, begun = 12_288, 1_024  # pictures to choose from, in the end and at first
 

@@ -228,6 +228,7 @@ def test_a_training_goes_on_from_exported_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "RUNS", tmp_path / "third")
     record = train(lambda device: Toy(), weights=tmp_path, images=16, progress=False, further=True)
     assert [one["images"] for one in record["earlier"]] == [400, 8]
+    assert (tmp_path / "third" / "toy" / "checkpoints" / "00000424" / "toy.json").is_file()
 
 
 @pytest.mark.parametrize("arguments", [["oven"], ["unet", "--images", "0"]])

@@ -66,13 +66,17 @@ class FilterStage:
             )
             for k in range(4)
         ]
-        known = torch.cat([self._batch(self.world, -128 * k, 128)[0] for k in range(1, 5)])
-        for learnt in self.module.filters.values():
-            learnt.standardise(known)
+        self._standardise()
 
     def load(self, folder: Path) -> None:
         for name, learnt in self.module.filters.items():
             learnt.load_state_dict(self.backbone.filters[name].state_dict())
+        self._standardise()  # the UNet that they read may have changed since
+
+    def _standardise(self) -> None:
+        known = torch.cat([self._batch(self.world, -128 * k, 128)[0] for k in range(1, 5)])
+        for learnt in self.module.filters.values():
+            learnt.standardise(known)
 
     def _prompts(self, target: Batch, first: int) -> list[str]:
         half, out = len(target) // 2, []

@@ -101,10 +101,11 @@ def train(
 
     The state (model, average, optimiser, curve) lies in ``runs/pretrain/<stage>/state.pt`` and is replaced
     atomically every `checkpoint_seconds`; at `evaluations` points along the way, and at the end, the averaged
-    model is scored, its grid drawn and the training record rewritten. `compile` takes minutes to begin and
-    wins back a fifth of each step on a CPU. `further` starts from the exported weights where there is no
-    state of a killed run; the record then keeps the earlier trainings' under "earlier", and the curve begins
-    anew. `images` and `learning_rate` replace the recipe's. Returns the record.
+    model is scored, its grid drawn, its weights exported, a copy of them put under ``checkpoints``, and the
+    training record rewritten. `compile` takes minutes to begin and wins back a fifth of each step on a CPU.
+    `further` starts from the exported weights where there is no state of a killed run; the record then keeps
+    the earlier trainings' under "earlier", and the curve begins anew. `images` and `learning_rate` replace
+    the recipe's. Returns the record.
     """
     accelerator = Accelerator(mixed_precision="bf16")
     stage = make(accelerator.device)
@@ -186,6 +187,9 @@ def train(
                 scores.append({"images": seen, "seconds": round(seconds, 1), **stage.evaluate()})
                 stage.grid(folder / f"{seen:08d}.png")
                 stage.export(weights)
+                kept = folder / "checkpoints" / f"{offset + seen:08d}"  # named by the images of all trainings
+                kept.mkdir(parents=True, exist_ok=True)
+                stage.export(kept)
         finally:
             stage.module.train()
             ema.restore(parameters)

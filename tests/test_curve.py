@@ -1,0 +1,46 @@
+"""The curve of a training: what each checkpoint can do, and what it had cost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from escd import curve, records
+from escd.curve import CurveConfig, main, points, score_checkpoint, seconds_at
+
+
+def test_the_seconds_of_a_checkpoint_add_up_over_trainings(tmp_path):
+    trained = {
+        "earlier": [{"images": 100, "seconds": 10.0}, {"images": 50, "seconds": 4.0}],
+        "scores": [{"images": 20, "seconds": 3.0}, {"images": 40, "seconds": 6.0}],
+    }
+    (tmp_path / "training.json").write_text(json.dumps({"unet": trained}))
+    found = {images: seconds_at(images, tmp_path) for images in (0, 100, 150, 170, 190, 33)}
+    assert found == {0: 0.0, 100: 10.0, 150: 14.0, 170: 17.0, 190: 20.0, 33: None}
+
+
+def test_a_checkpoint_is_scored_like_the_study(tmp_path, monkeypatch):
+    few = {"shape": 2, "appearance": 1}  # steps: enough to see that it runs
+    monkeypatch.setattr("escd.tuning.STEPS", few)
+    backbone = curve.MODELS["mini"].folder
+    metrics = score_checkpoint(CurveConfig(7, prompts=4, references=1, sampler_steps=2), backbone)
+    assert set(metrics["obeyed"]) == {"shape", "pattern", "colours", "background", "all"}
+    for attribute in ("shape", "appearance"):
+        assert all(0 <= metrics[attribute][name] <= 1 for name in ("retrieved", "leaked", "iou"))
+    assert metrics["trained_seconds"] is None
+
+
+def test_points_are_in_the_order_of_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    points.cache_clear()
+    for images in (20, 10):
+        records.get(CurveConfig(images), lambda config: {"n": config.images}, folder=tmp_path)
+    assert [record.metrics["n"] for record in points()] == [10, 20]
+    points.cache_clear()
+
+
+def test_no_checkpoints_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--checkpoints", str(tmp_path)])
+    assert "training the UNet leaves them there" in capsys.readouterr().err
