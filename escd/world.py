@@ -604,11 +604,13 @@ def _edge(distance: Tensor) -> Tensor:
 
 def _pattern_share(d: Draws, pattern: str, size: int) -> Tensor:
     """How much of the second colour a named pattern shows at each pixel: (N, S, S) in [0, 1]."""
-    period = d.uniform("period", 1, 1, low=8.0, high=14.0)
+    # Two and a half to four pixels of the latents: a finer one they can hold, and a UNet cannot draw.
+    period = d.uniform("period", 1, 1, low=10.0, high=16.0)
     if pattern == "solid":
         return torch.zeros(len(d), size, size, device=d.index.device)
     if pattern == "striped":
-        x, _ = _turned(d, size)
+        # At any angle, a small UNet settles on none: it drew a labyrinth for 99 of 100 prompts.
+        x, _ = _turned(d, size, 0.5)
         return _edge(((x % period) - period / 2).abs() - period / 4)
     if pattern == "dotted":
         x, y = _turned(d, size, 0.5)
