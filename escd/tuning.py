@@ -48,7 +48,7 @@ RATES = {
     "shape": {"encoder": 1e-3, "decoder": 1e-3, "all": 7e-4},
     "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
 }
-STEPS = {"shape": 250, "appearance": 80}
+STEPS = {"shape": 350, "appearance": 80}
 
 # Who reads the pseudo-word while it is learnt, and where its gradient comes from.
 CONDITIONING = ("joint", "half", "cached")
