@@ -57,4 +57,4 @@ def test_the_cost_of_stable_diffusions_halves():
         )
     )
     # 0.77, 0.78 and 0.67 of multiplications alone; attention computes some of its forward pass twice
-    assert [x / whole for x in (shape, half, kept)] == pytest.approx([0.77, 0.78, 0.67], abs=0.03)
+    assert [x / whole for x in (shape, half, kept)] == pytest.approx([0.77, 0.78, 0.67], abs=0.04)

@@ -164,6 +164,11 @@ def test_images_are_made_once_and_kept_with_their_record(stored, monkeypatch):
         draw.stored_images(config)
 
 
+def assert_same(one: np.ndarray, other: np.ndarray) -> None:
+    """The same picture; a batch of another size may round a pixel to the next number."""
+    assert np.abs(one.astype(int) - other).max() <= 1
+
+
 def test_a_process_begins_and_ends_where_the_pipeline_does(stored, backbone, monkeypatch):
     monkeypatch.setattr(draw, "World", lambda seed: escd.World(seed=seed))
     config = draw.ProcessConfig("a star", sample=3, shown=(2, 1, 0), steps=2)
@@ -174,10 +179,10 @@ def test_a_process_begins_and_ends_where_the_pipeline_does(stored, backbone, mon
     assert len(images) == 6
     assert record.metrics["times"][0] == 0 and record.metrics["times"] == sorted(record.metrics["times"])
     x_0 = backbone.encode_images(escd.World(seed=0)[3].image[None])
-    assert np.array_equal(images[0], pixels(backbone.decode_latents(x_0)[0]))
+    assert_same(images[0], pixels(backbone.decode_latents(x_0)[0]))
     noise = torch.randn((1, 4, 32, 32), generator=torch.Generator().manual_seed(0))
-    assert np.array_equal(images[5], pixels(backbone.decode_latents(noise)[0]))
+    assert_same(images[5], pixels(backbone.decode_latents(noise)[0]))
     pipe = escd.ESCDPipeline(backbone)
     pipe.set_progress_bar_config(disable=True)
     last = pipe("a star", num_inference_steps=2, latents=noise).images[0]
-    assert np.abs(images[3].astype(int) - np.asarray(last)).max() <= 1
+    assert_same(images[3], np.asarray(last))
