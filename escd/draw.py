@@ -42,6 +42,7 @@ from escd.canvas import (
     image_grid,
     pixels,
 )
+from escd.curve import points
 from escd.customization import ATTRIBUTES, Customization
 from escd.encoder import GRIDS, TIMESTEP, feature_widths
 from escd.fusion import AttributeFilter
@@ -500,6 +501,25 @@ def pretraining_curve() -> Drawing:
         axes.grid(True, axis="y")
     drawing.axes[0].set_ylabel("training loss")
     return drawing
+
+
+@figure("04_training")
+def training_scores() -> Drawing:
+    """The share of prompts that the UNet obeys at each checkpoint of its training."""
+    found = points()
+    seen = [record.config["images"] / 1e6 for record in found]
+    drawing = Drawing(COLUMN, 2.2, layout="constrained")
+    axes = drawing.subplots()
+    looks = {"background": FROZEN, "colours": MUTED, "pattern": APPEARANCE, "shape": SHAPE}
+    for name, colour in looks.items():
+        axes.plot(seen, [100 * r.metrics["obeyed"][name] for r in found], "o-", color=colour, label=name)
+    axes.set(xlabel="million images", ylabel="prompts obeyed, %", ylim=(0, 103))
+    axes.grid(True, axis="y")
+    axes.legend()
+    hours = axes.secondary_xaxis("top")
+    seconds = [record.metrics["trained_seconds"] for record in found]
+    hours.set_xticks(seen[::2], ["" if s is None else f"{s / 3600:.1f} h" for s in seconds[::2]])
+    return drawing.made_from(found)
 
 
 @figure("02_probing_study")
