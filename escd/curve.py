@@ -114,9 +114,10 @@ def seconds_at(images: int, weights: Path) -> float | None:
 
 @cache
 def points(backbone: str = "mini") -> list[records.Record]:
-    """The records of the curve, by images seen."""
+    """The curve by images seen; of a checkpoint that was asked more than once, the record made last."""
     found = [r for r in records.all(CurveConfig) if r.config["backbone"] == backbone]
-    return sorted(found, key=lambda record: record.config["images"])
+    newest = {record.config["images"]: record for record in found}
+    return [newest[images] for images in sorted(newest)]
 
 
 def main(argv: list[str] | None = None) -> None:

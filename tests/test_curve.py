@@ -34,9 +34,10 @@ def test_a_checkpoint_is_scored_like_the_study(tmp_path, monkeypatch):
 def test_points_are_in_the_order_of_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "FOLDER", tmp_path)
     points.cache_clear()
-    for images in (20, 10):
-        records.get(CurveConfig(images), lambda config: {"n": config.images}, folder=tmp_path)
+    for images, prompts in ((20, 8), (10, 8), (20, 16)):
+        records.get(CurveConfig(images, prompts), lambda config: {"n": config.images}, folder=tmp_path)
     assert [record.metrics["n"] for record in points()] == [10, 20]
+    assert points()[1].config["prompts"] == 16, "the one made last"
     points.cache_clear()
 
 

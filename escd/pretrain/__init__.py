@@ -1,1 +1,1 @@
-"""Training of the `mini` backbone: ``python -m escd.pretrain [autoencoder towers unet filters]``."""
+"""Training of the `mini` backbone: ``python -m escd.pretrain [autoencoder words unet towers filters]``."""
