@@ -22,13 +22,11 @@ from tqdm.auto import tqdm
 
 from . import records
 from .backbone import MODELS, Backbone, load_backbone
-from .customization import ATTRIBUTES
-from .judges import WEIGHTS, load_judges
-from .pipeline import ESCDPipeline
+from .judges import WEIGHTS
 from .pretrain.loop import RUNS
-from .references import Reference, References, load_references
-from .study import prompt_obedience, prompts_for, score_customization
-from .tuning import TuningConfig, customize
+from .references import load_references
+from .study import ObedienceConfig, Study, StudyConfig
+from .tuning import TuningConfig
 
 CHECKPOINTS = RUNS / "unet" / "checkpoints"
 
@@ -52,20 +50,20 @@ def score_checkpoint(config: CurveConfig, folder: Path) -> dict[str, Any]:
 
     The pseudo-words start from the plain words: the shipped filters read another UNet's features.
     """
-    backbone = _backbone(config.backbone, folder)
-    obeyed = prompt_obedience(
-        backbone, config.prompts, config.seed, judges=load_judges(),
-        sampler_steps=config.sampler_steps, guidance_scale=config.guidance_scale,
-    )  # fmt: skip
+    study = Study(backbones={config.backbone: _backbone(config.backbone, folder)})
+    same = {name: getattr(config, name) for name in ("backbone", "seed", "sampler_steps", "guidance_scale")}
+    obeyed = study.score(ObedienceConfig(prompts=config.prompts, **same))
     metrics: dict[str, Any] = {"obeyed": {k: v for k, v in obeyed.items() if not k.startswith("by_")}}
-    listed = load_references(which="development")
-    for name in ATTRIBUTES:
-        few = list(listed)[: config.references]
-        rows = [_scores(config, backbone, reference, name, listed) for reference in few]
-        wanted, unwanted = {
-            "shape": ("silhouette", "texture_material"),
-            "appearance": ("material", "silhouette"),
-        }[name]
+    few = list(load_references(which="development"))[: config.references]
+    for name, wanted, unwanted in (
+        ("shape", "silhouette", "texture_material"),
+        ("appearance", "material", "silhouette"),
+    ):
+        tuning = TuningConfig.of(name, seed=config.seed)
+        rows = [
+            study.score(StudyConfig(name, one.id, "customized", tuning, list="development", **same))
+            for one in few
+        ]
         metrics[name] = {
             "retrieved": _mean(rows, wanted, False),
             "leaked": _mean(rows, unwanted, True),
@@ -80,20 +78,6 @@ def _backbone(name: str, folder: Path) -> Backbone:
     backbone.unet.load_state_dict(unet.state_dict())
     backbone.filters = {}
     return backbone
-
-
-def _scores(
-    config: CurveConfig, backbone: Backbone, reference: Reference, attribute: str, listed: References
-) -> dict[str, list]:
-    tuning = TuningConfig.of(attribute, seed=config.seed)
-    learnt = customize(reference.image, attribute, backbone, config=tuning, progress=False)
-    pipe = ESCDPipeline(backbone, **{attribute: learnt})
-    pipe.set_progress_bar_config(disable=True)
-    asked = prompts_for(reference, attribute)
-    return score_customization(
-        pipe, asked, reference, reference, listed, load_judges(), seed=config.seed,
-        sampler_steps=config.sampler_steps, guidance_scale=config.guidance_scale,
-    )  # fmt: skip
 
 
 def _mean(rows: list[dict[str, list]], name: str, failed: float) -> float:

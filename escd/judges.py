@@ -298,9 +298,9 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
     pattern of an unnamed material of a PATTERN_LIKE family, or nearly even (FLAT); of a gradient of one
     colour, which side light
       makes of a solid one too; and of any whose second tone covers less than SHOWN of the object;
-    - the colours where a named one covers less than SHOWN of the object, or where an unnamed material shows
-    as
-      much of a colour within NEAR_NAMED of a named one;
+    - the colours where a named one covers less than SHOWN of the object (in a gradient: comes within
+      NEAR_NAMED of its tone on less), or where an unnamed material shows as much of a colour within
+      NEAR_NAMED of a named one;
     - an unnamed background whose mean is within GROUND_NEAR_NAMED of a named one.
     """
     lab = torch.from_numpy(measure.to_lab(batch.image)).to(batch.image.device)  # (N, H, W, 3)
@@ -328,6 +328,10 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
     nearer = (lab[:, :, :, None] - pair[:, None, None]).norm(dim=-1).argmin(-1) == 1  # (N, H, W): second tone
     share = _share(nearer, inside)
     faint = torch.minimum(share, 1 - share) < SHOWN
+    # A gradient between two colours shows neither where the object covers its middle alone.
+    reached = (lab[:, :, :, None] - pair[:, None, None]).norm(dim=-1) < NEAR_NAMED  # (N, H, W, 2)
+    least = torch.minimum(_share(reached[..., 0], inside), _share(reached[..., 1], inside))
+    faint |= (batch.pattern == PATTERNS.index("gradient")) & ~single & (least < SHOWN)
     solid, gradient = batch.pattern == PATTERNS.index("solid"), batch.pattern == PATTERNS.index("gradient")
     spread = _mean((lab - _mean(lab, inside)[:, None, None]).square(), inside).sum(1).sqrt()
     like |= spread < FLAT

@@ -357,12 +357,17 @@ class Study:
     """Runs configs of one backbone on one device: what they share is loaded once.
 
     folder: silhouettes and materials that take the place of the bundled lists, for configs of the list
-    "folder".
+    "folder". backbones: loaded ones, for configs that name them.
     """
 
-    def __init__(self, folder: str | Path | None = None, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        device: str | torch.device | None = None,
+        backbones: dict[str, Backbone] | None = None,
+    ) -> None:
         self.folder, self.device = folder, device
-        self._backbones: dict[str, Backbone] = {}
+        self._backbones: dict[str, Backbone] = dict(backbones or {})
 
     def run(self, config: Any, stored: Path | None = None) -> records.Record:
         """The stored record of a config, or that of running it now."""

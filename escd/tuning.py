@@ -136,8 +136,8 @@ def recoloured(images: Tensor, generator: torch.Generator) -> Tensor:
     return (mixed * scale.to(images) + shift.to(images)).clamp(-1, 1)
 
 
-def reshaped(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W) and masks (N, 1, H, W), each turned, mirrored, stretched, enlarged and bent."""
+def reshaped(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, 3, H, W), each turned, mirrored, stretched, enlarged and bent."""
     n, h, w = len(images), *images.shape[-2:]
     u = torch.rand(n, 6, generator=generator)
     angle, zoom = (u[:, 0] - 0.5) * 1.0, 0.45 + 0.6 * u[:, 1]  # zoom < 1 enlarges
@@ -154,9 +154,7 @@ def reshaped(images: Tensor, masks: Tensor, generator: torch.Generator) -> tuple
         align_corners=True,
     )
     grid = F.affine_grid(theta, [n, 3, h, w], align_corners=False) + bend.permute(0, 2, 3, 1)
-    both = torch.cat([images, masks.expand(n, -1, -1, -1)], 1)
-    out = F.grid_sample(both, grid.to(images), padding_mode="reflection", align_corners=False)
-    return out[:, :3], out[:, 3:].clamp(0, 1)
+    return F.grid_sample(images, grid.to(images), padding_mode="reflection", align_corners=False)
 
 
 def repainted(
@@ -187,7 +185,7 @@ def repainted(
         mask, names = world.masks(index)
         cover = scaled(mask)
         whole = _filled(image, inside).expand(count, -1, -1, -1)
-        painted, _ = reshaped(whole, torch.ones_like(whole[:, :1]), torch.Generator().manual_seed(seed))
+        painted = reshaped(whole, torch.Generator().manual_seed(seed))
         said = [(name, "{}", []) for name in names]
     images = painted * cover + (scaled(ground) * 2 - 1) * (1 - cover)
     return images.clamp(-1, 1), [

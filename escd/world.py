@@ -604,8 +604,8 @@ def _edge(distance: Tensor) -> Tensor:
 
 def _pattern_share(d: Draws, pattern: str, size: int) -> Tensor:
     """How much of the second colour a named pattern shows at each pixel: (N, S, S) in [0, 1]."""
-    # Two and a half to four pixels of the latents: a finer one they can hold, and a UNet cannot draw.
-    period = d.uniform("period", 1, 1, low=10.0, high=16.0)
+    # Three to five pixels of the latents: a finer one they can hold, and a UNet cannot draw.
+    period = d.uniform("period", 1, 1, low=12.0, high=18.0)
     if pattern == "solid":
         return torch.zeros(len(d), size, size, device=d.index.device)
     if pattern == "striped":
@@ -618,6 +618,7 @@ def _pattern_share(d: Draws, pattern: str, size: int) -> Tensor:
         return _edge(period * d.uniform("dot", 1, 1, low=0.24, high=0.34) - far)
     if pattern == "checkered":
         x, y = _turned(d, size, 0.35)
+        period = period + 2  # its cells are half as wide
         across = ((x % period) - period / 2).abs() - period / 4
         along = ((y % period) - period / 2).abs() - period / 4
         a, b = _edge(across), _edge(along)
@@ -625,10 +626,11 @@ def _pattern_share(d: Draws, pattern: str, size: int) -> Tensor:
     if pattern == "gradient":
         x, y = _grid(size, d.index.device)
         angle = d.uniform("turn", 1, 1, high=2 * math.pi)
-        return (((x - 31.5) * angle.cos() + (y - 31.5) * angle.sin()) / 44 + 0.5).clamp(0, 1)
+        # Both ends lie within 12 px of the middle, where most objects show them.
+        return (((x - 31.5) * angle.cos() + (y - 31.5) * angle.sin()) / 24 + 0.5).clamp(0, 1)
     if pattern == "zigzag":
         x, y = _turned(d, size, 0.5)
-        wave = d.uniform("wave", 1, 1, low=12.0, high=17.0)
+        wave = d.uniform("wave", 1, 1, low=15.0, high=21.0)
         height = ((x % wave) - wave / 2).abs() * d.uniform("steep", 1, 1, low=1.0, high=1.4)
         return _edge((((y + height) % period) - period / 2).abs() - period / 4)
     raise ValueError(f"unknown pattern {pattern!r}; known: {', '.join(PATTERNS)}")
