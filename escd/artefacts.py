@@ -87,7 +87,15 @@ def export(customization: Customization, folder: str | Path) -> Exported:
     common web interfaces, `embedding.safetensors` for `load_textual_inversion`; the prompt is the same, and a
     LoRA's scale is a strength. A full change is first brought to factors of full rank; use `low_rank` before
     for a small file. What cannot travel is listed in the result, and is no part of the files.
+
+    Raises ValueError for a customization learnt with conditioning "cached": its encoder read the attribute's
+    plain word, and other programs give one prompt to the whole UNet.
     """
+    if (customization.config or {}).get("conditioning") == "cached":
+        raise ValueError(
+            'this customization was learnt with conditioning "cached", where the encoder never reads the '
+            'pseudo-word, which no other program does: learn it with "joint" or "half" to export it'
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state: dict[str, Tensor] = {}

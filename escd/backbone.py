@@ -67,6 +67,7 @@ MODELS = {
         variant="fp16",
     ),
 }
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # endings of weights whose reading runs code
 OPENCLIP = TowerWeights(
     architecture="ViT-B-32",
     repository="laion/CLIP-ViT-B-32-laion2B-s34B-b79K",  # open_clip's laion2b_s34b_b79k
@@ -441,6 +442,12 @@ def load_backbone(
     if model is None:
         if Path(name).is_dir():
             model = Model(folder=Path(name))
+        elif Path(name).is_file():
+            raise ValueError(
+                f"{name} is a file, and a backbone is a folder in diffusers layout: "
+                f"StableDiffusionPipeline.from_single_file({name!r}).save_pretrained(folder) makes one of a "
+                "single checkpoint"
+            )
         elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
             model = Model(repository=name)
         else:
@@ -536,6 +543,19 @@ def _require_layout(folder: Path) -> None:
         )
         if not any((folder / name / f"{stem}{variant}.safetensors").is_file() for variant in ("", ".fp16"))
     ]
+    pickles = [
+        path.relative_to(folder).as_posix()
+        for name in ("vae", "unet", "text_encoder")
+        for path in sorted((folder / name).glob("*.*"))
+        if path.suffix in PICKLES
+    ]
+    if missing and pickles:
+        raise ValueError(
+            f"{folder} holds its weights as pickles ({', '.join(pickles)}), and reading one can run any "
+            "code: weights are read from safetensors only. Where you trust the files, load them with "
+            "diffusers and write them again: StableDiffusionPipeline.from_pretrained(folder, use_safetensors=False)"
+            ".save_pretrained(other_folder)"
+        )
     if missing:
         raise FileNotFoundError(
             f"{folder} is not a backbone in diffusers layout: {', '.join(missing)} missing "
@@ -545,6 +565,12 @@ def _require_layout(folder: Path) -> None:
         with open_safetensors(file):  # a file cut short is told here, in one way for all networks
             pass
     unet = json.loads((folder / "unet/config.json").read_text())
+    if (folder / "text_encoder_2").is_dir() or unet.get("addition_embed_type") == "text_time":
+        raise ValueError(
+            f"{folder} is a Stable Diffusion XL model: its UNet reads two text encoders and the picture's "
+            "size, which this method's one pseudo-word does not reach. Take a Stable Diffusion 1.x or 2.x "
+            "model, or one finetuned from them"
+        )
     text = json.loads((folder / "text_encoder/config.json").read_text())
     if unet["cross_attention_dim"] != text["hidden_size"]:
         raise ValueError(

@@ -130,6 +130,13 @@ def test_what_a_lora_cannot_carry_is_listed(backbone, shape, tmp_path):
     assert load_file(done.embedding)["*m"].shape == (1, len(shape.pseudo_word))
 
 
+def test_what_only_this_project_can_draw_is_not_exported(appearance, tmp_path):
+    appearance.config = {**appearance.config, "conditioning": "cached"}
+    with pytest.raises(ValueError, match="never reads the pseudo-word"):
+        export(appearance, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_pseudo_word_alone_is_exported_as_an_embedding_alone(shape, tmp_path):
     shape.delta = {}
     done = export(shape, tmp_path)

@@ -168,8 +168,14 @@ def test_an_incomplete_folder_names_what_is_missing(missing, tiny_folder, tmp_pa
 def test_pickled_weights_are_not_read(tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "pickled")
     (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="safetensors only"):
+    with pytest.raises(ValueError, match=r"unet/diffusion_pytorch_model\.bin.*any code.*save_pretrained"):
         load_backbone(folder)
+
+
+def test_a_single_file_checkpoint_says_how_to_make_a_folder_of_it(tmp_path):
+    (tmp_path / "dreams.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"from_single_file\(.*save_pretrained"):
+        load_backbone(tmp_path / "dreams.safetensors")
 
 
 @pytest.mark.parametrize("network", ["unet", "text_encoder", "image_tower"])
@@ -186,6 +192,18 @@ def test_another_kind_of_model_is_refused(tiny_folder, tmp_path):
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | {"cross_attention_dim": 2048}))
     with pytest.raises(ValueError, match=r"not of Stable Diffusion 1\.x's kind"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize("sign", ["second text encoder", "added embeddings"])
+def test_stable_diffusion_xl_is_refused_by_name(sign, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "xl")
+    if sign == "second text encoder":
+        shutil.copytree(folder / "text_encoder", folder / "text_encoder_2")
+    else:
+        config = json.loads((folder / "unet/config.json").read_text())
+        (folder / "unet/config.json").write_text(json.dumps(config | {"addition_embed_type": "text_time"}))
+    with pytest.raises(ValueError, match=r"Stable Diffusion XL.*1\.x or 2\.x"):
         load_backbone(folder)
 
 
