@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--steps", type=int, help="tuning steps")
     learn.add_argument("--learning-rate", type=float)
     learn.add_argument("--part", help="part of the UNet to tune, e.g. encoder, decoder, all, up.1/attn2")
+    learn.add_argument("--rank", type=int, help="learn a change of this rank: a small file; default: in full")
     learn.add_argument("--seed", type=int, default=0)
     learn.add_argument(
         "--output", type=Path, metavar="FILE", help="default: IMAGE-ATTRIBUTE.safetensors, here"
@@ -93,6 +94,7 @@ def _customize(options: argparse.Namespace) -> None:
         steps=options.steps,
         learning_rate=options.learning_rate,
         part=options.part,
+        rank=options.rank,
         seed=options.seed,
     )
     customization.save(output)

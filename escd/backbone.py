@@ -553,8 +553,8 @@ def _require_layout(folder: Path) -> None:
         raise ValueError(
             f"{folder} holds its weights as pickles ({', '.join(pickles)}), and reading one can run any "
             "code: weights are read from safetensors only. Where you trust the files, load them with "
-            "diffusers and write them again: StableDiffusionPipeline.from_pretrained(folder, use_safetensors=False)"
-            ".save_pretrained(other_folder)"
+            "diffusers and write them again: StableDiffusionPipeline.from_pretrained(folder, "
+            "use_safetensors=False).save_pretrained(other_folder)"
         )
     if missing:
         raise FileNotFoundError(

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, loss_weight, target_of
-from .customization import Attribute, Customization, resolve_attribute
+from .customization import Attribute, Customization, LowRank, resolve_attribute
 from .fusion import pseudo_word
 from .halves import down_path, half_of, up_path, with_weights
 from .images import Source, open_image_and_mask
@@ -49,6 +49,8 @@ RATES = {
     "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
 }
 STEPS = {"shape": 350, "appearance": 80}
+# Factors of a change start with one of the two at zero, and move the weights less for the same step.
+LOW_RANK_RATE = 5.0
 
 # Who reads the pseudo-word while it is learnt, and where its gradient comes from.
 CONDITIONING = ("joint", "half", "cached")
@@ -80,11 +82,16 @@ class TuningConfig:
     # views is computed once; for parts of the decoder.
     conditioning: str = "joint"
     draws: int = 128
+    # None: the part's weights learn. A number: what learns is the change of each matrix and kernel as two
+    # factors of this rank (LoRA, Hu et al. 2021); biases and norms stay, so that all of it can be exported.
+    rank: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "views", "draws", "seed"):
+        for name in ("steps", "batch_size", "views", "draws", "seed", "rank"):
             value = getattr(self, name)
+            if name == "rank" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} is a whole number, not {value!r}")
         if self.steps < 0:
@@ -93,6 +100,8 @@ class TuningConfig:
             )
         if self.batch_size < 1 or self.views < 1 or self.draws < 1:
             raise ValueError("batch_size, views and draws must be at least 1")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"a rank is a whole number from 1 on, not {self.rank}")
         if self.conditioning not in CONDITIONING:
             raise ValueError(f"conditioning is {' or '.join(CONDITIONING)}, not {self.conditioning!r}")
         for name in ("learning_rate", "word_learning_rate"):
@@ -114,13 +123,14 @@ class TuningConfig:
         if half is None:
             half = "encoder" if part.startswith("down") else "decoder" if part.startswith("up") else "all"
         given = {k: v for k, v in changes.items() if v is not None}
+        rate = rates[half] * (LOW_RANK_RATE if "rank" in given else 1.0)
         return cls(
             **{
                 "attribute": attribute.name,
                 "recipe": recipe,
                 "part": part,
                 "steps": STEPS[recipe],
-                "learning_rate": rates[half],
+                "learning_rate": rate,
                 **given,
             }
         )
@@ -243,6 +253,7 @@ def customize(
     seed: int = 0,
     learning_rate: float | None = None,
     part: str | None = None,
+    rank: int | None = None,
     mask: Source | None = None,
     callback: Callable[[int, float], bool | None] | None = None,
     progress: bool = True,
@@ -253,7 +264,8 @@ def customize(
     image: a path, a PIL image, or a tensor (3, H, W) in [-1, 1]; the whole frame is the reference, padded to
     a square as `escd.images` says, unless `mask` (white on the subject) confines the loss. attribute:
     "shape", "appearance", or an `Attribute` of your own. steps: 0 gives the attribute filter's pseudo-word,
-    untuned. part: what learns, by default the attribute's own half; "none" tunes the pseudo-word alone.
+    untuned. part: what learns, by default the attribute's own half; "none" tunes the pseudo-word alone. rank:
+    learn the change at this rank, for a small file that can be exported whole; None learns it in full.
     callback(step, loss) is called after each step and ends the tuning early by returning True. Ctrl-C ends
     it too, and what was learnt until then is returned. The backbone itself is not changed.
 
@@ -262,7 +274,9 @@ def customize(
     """
     attribute = resolve_attribute(attribute)
     if config is None:
-        config = TuningConfig.of(attribute, part, steps=steps, seed=seed, learning_rate=learning_rate)
+        config = TuningConfig.of(
+            attribute, part, steps=steps, seed=seed, learning_rate=learning_rate, rank=rank
+        )
     elif config.attribute != attribute.name:
         raise ValueError(f"the configuration is for {config.attribute!r}, not for {attribute.name!r}")
     trained = {} if config.part == NO_PART else parameters_of(backbone.unet, config.part)
@@ -280,16 +294,15 @@ def customize(
     picture = picture.to(device)
 
     v = pseudo_word(backbone, picture[None], attribute, seed=config.seed)[0].float().clone().requires_grad_()
-    weights = {name: p.detach().float().clone().requires_grad_() for name, p in trained.items()}
+    change = _Change(trained) if config.rank is None else _Factors(trained, config.rank, config.seed)
     losses: list[float] = []
     if config.steps:
-        _tune(backbone, attribute, config, picture, inside, v, weights, losses, callback, progress)
-    with torch.no_grad():
-        delta = {n: (w - trained[n].float()).half() for n, w in weights.items()} if losses else {}
+        _tune(backbone, attribute, config, picture, inside, v, change, losses, callback, progress)
+    delta = change.delta() if losses else {}
     return Customization(
         attribute=attribute,
         pseudo_word=v.detach().cpu(),
-        delta={n: d.cpu() for n, d in delta.items()},
+        delta=delta,
         part=config.part,
         backbone_identity=backbone.identity,
         backbone_name=backbone.name,
@@ -300,6 +313,53 @@ def customize(
     )
 
 
+class _Change:
+    """What learns of a part of the UNet: its weights, in float32."""
+
+    def __init__(self, trained: dict[str, nn.Parameter]) -> None:
+        self.before = trained
+        self.learning = {name: p.detach().float().clone().requires_grad_() for name, p in trained.items()}
+
+    def parameters(self) -> list[Tensor]:
+        return list(self.learning.values())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The part's weights as they are now, by name."""
+        return self.learning
+
+    @torch.no_grad()
+    def delta(self) -> dict[str, Tensor | LowRank]:
+        """What was learnt, as a customization holds it."""
+        return {n: (w - self.before[n].float()).half().cpu() for n, w in self.learning.items()}
+
+
+class _Factors(_Change):
+    """The change of each matrix and kernel as two factors; biases and norms stay as they are."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], rank: int, seed: int) -> None:
+        self.before = {name: p for name, p in trained.items() if p.ndim > 1}
+        self.learning = {}
+        generator = torch.Generator().manual_seed(seed)
+        for name, p in self.before.items():
+            small = min(rank, p.shape[0], p[0].numel())
+            bound = p[0].numel() ** -0.5  # as peft's LoRA starts
+            down = torch.empty(small, *p.shape[1:]).uniform_(-bound, bound, generator=generator)
+            self.learning[name] = (
+                torch.zeros(p.shape[0], small, device=p.device).requires_grad_(),
+                down.to(p.device).requires_grad_(),
+            )
+
+    def parameters(self) -> list[Tensor]:
+        return [factor for pair in self.learning.values() for factor in pair]
+
+    def weights(self) -> dict[str, Tensor]:
+        return {n: self.before[n].float() + LowRank(*pair).float() for n, pair in self.learning.items()}
+
+    @torch.no_grad()
+    def delta(self) -> dict[str, Tensor | LowRank]:
+        return {n: LowRank(*(f.half().cpu() for f in pair)) for n, pair in self.learning.items()}
+
+
 def _tune(
     backbone: Backbone,
     attribute: Attribute,
@@ -307,12 +367,12 @@ def _tune(
     picture: Tensor,
     inside: Tensor | None,
     v: Tensor,
-    weights: dict[str, Tensor],
+    change: _Change,
     losses: list[float],
     callback: Callable[[int, float], bool | None] | None,
     progress: bool,
 ) -> None:
-    """Change `v` and `weights` in place and append to `losses`, step by step."""
+    """Change `v` and `change` in place and append to `losses`, step by step."""
     device, unet = backbone.device, backbone.unet
     views, masks, said = views_of(picture, None if inside is None else inside.to(device), config)
     latents = torch.cat([backbone.encode_images(x) for x in views.split(16)]).float()  # (V, 4, h, w)
@@ -320,8 +380,8 @@ def _tune(
     backbone.add_token(attribute.token)
     prompts = [_readable(backbone, attribute.token, each, PROMPTS[config.recipe]) for each in said]
     groups = [{"params": [v], "lr": config.word_learning_rate}]
-    if weights:
-        groups.append({"params": list(weights.values()), "lr": config.learning_rate})
+    if change.parameters():
+        groups.append({"params": change.parameters(), "lr": config.learning_rate})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     rates = [g["lr"] for g in optimizer.param_groups]
     # All draws come from one generator on the CPU: the same seed is the same run on every device.
@@ -359,7 +419,7 @@ def _tune(
                     group["lr"] = rate * min(left, (step + 1) / 10)
                 seen = draw(config.batch_size) if kept is None else kept.some(config.batch_size, generator)
                 text = backbone.encode_prompt(seen.prompts, {attribute.token: v}).to(unet.dtype)
-                out = predicted(unet, weights, seen, text, config.conditioning)
+                out = predicted(unet, change.weights(), seen, text, config.conditioning)
                 weight = loss_weight(backbone.scheduler, seen.t)[:, None, None, None] * seen.inside
                 loss = ((out.float() - seen.target).square() * weight).mean() / seen.inside.mean()
                 loss.backward()

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import escd
+from escd import tuning
+from escd.artefacts import export
 from escd.backbone import loss_weight, target_of
+from escd.customization import LowRank
 from escd.fusion import AttributeFilter, pseudo_word
 from escd.parts import names_of, parameters_of
 from escd.tuning import (
@@ -121,6 +124,36 @@ def test_tuning_learns_the_reference(backbone):
     )
     losses = escd.customize(flat, "appearance", backbone, config=config, progress=False).losses
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "half"])
+def test_a_change_learnt_at_a_rank_is_that_change_and_travels_whole(
+    backbone, picture, tmp_path, conditioning
+):
+    before = {n: p.clone() for n, p in backbone.unet.named_parameters()}
+    config = quick("shape", rank=2, conditioning=conditioning)
+    assert config.learning_rate == tuning.LOW_RANK_RATE * quick("shape").learning_rate
+    learnt = escd.customize(picture, "shape", backbone, config=config, progress=False)
+    matrices = {n for n, p in parameters_of(backbone.unet, "encoder").items() if p.ndim > 1}
+    assert set(learnt.delta) == matrices, "biases and norms stay"
+    assert all(isinstance(w, LowRank) and w.up.shape[1] <= 2 for w in learnt.delta.values())
+    assert sum(float(w.float().abs().sum()) for w in learnt.delta.values()) > 0
+    assert all(torch.equal(p, before[n]) for n, p in backbone.unet.named_parameters())
+    read = escd.load_customization(learnt.save(tmp_path / "m.safetensors"), backbone)
+    assert all(torch.equal(read.delta[n].float(), w.float()) for n, w in learnt.delta.items())
+    assert export(read, tmp_path / "out").left_behind == ()
+    assert learnt.nbytes < escd.customize(picture, "shape", backbone, config=quick("shape")).nbytes / 2
+
+
+def test_the_first_step_at_a_rank_sees_the_untouched_unet(backbone, picture):
+    """One factor starts at zero, so the loss of the first step is that of tuning in full."""
+    first = [
+        escd.customize(
+            picture, "shape", backbone, config=quick("shape", rank=rank, steps=1), progress=False
+        ).losses
+        for rank in (None, 1, 64)
+    ]
+    assert first[1] == pytest.approx(first[0], rel=1e-4) and first[2] == pytest.approx(first[0], rel=1e-4)
 
 
 def test_interrupted_tuning_keeps_what_it_has(backbone, picture):
