@@ -47,7 +47,17 @@ from escd.customization import ATTRIBUTES, Customization
 from escd.encoder import GRIDS, TIMESTEP, feature_widths
 from escd.fusion import AttributeFilter
 from escd.halves import down_path
-from escd.numbers import ARMS, repeatable, results, run_again, study, training, weights_of, write_numbers
+from escd.numbers import (
+    ARMS,
+    ranks,
+    repeatable,
+    results,
+    run_again,
+    study,
+    training,
+    weights_of,
+    write_numbers,
+)
 from escd.pipeline import ESCDPipeline
 from escd.records import Record
 from escd.references import load_references
@@ -553,6 +563,42 @@ def leakage_table() -> Drawing:
         for each in axes:
             each.tick_params(axis="y", length=0)
     return drawing.made_from([record for record in found.used if record.kind == "study"])
+
+
+@figure("03_method")
+def transfer_by_rank() -> Drawing:
+    """What is left of each attribute when the change of every weight is brought to a rank, and its size."""
+    found, used = ranks()
+    drawing = Drawing(COLUMN, 2.9, layout="constrained")
+    scores = {"shape": ("iou", "aligned IoU"), "appearance": ("retrieval", "retrieved of 20")}
+    for axes, attribute in zip(drawing.subplots(2, 1, sharex=True), ATTRIBUTES.values(), strict=True):
+        score, label = scores[attribute.name]
+        rows, colour = found[attribute.name], SHAPE if attribute.part == "encoder" else APPEARANCE
+        low = [row for row in rows if row.rank is not None]
+        full = next(row for row in rows if row.rank is None and not row.exportable)
+        travels = next(row for row in rows if row.exportable)
+        axes.axhline(full.transfer[score], color=INK, lw=0.8, label=f"in full, {full.megabytes:.0f} MB")
+        axes.axhline(
+            travels.transfer[score], color=MUTED, lw=0.8, ls=":", label="in full, no biases and norms"
+        )
+        axes.plot([row.rank for row in low], [row.transfer[score] for row in low], "o-", color=colour)
+        for row in low:
+            axes.annotate(
+                f"{row.megabytes:.1f}",
+                (row.rank, row.transfer[score]),
+                xytext=(0, -9),
+                textcoords="offset points",
+                ha="center",
+                fontsize=6,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([row.rank for row in low], [str(row.rank) for row in low])
+        axes.set_ylabel(f"{attribute.name}: {label}")
+        axes.set_ylim(0, 1.1 * max(row.transfer[score] for row in rows))
+        axes.grid(True, axis="y")
+        axes.legend(loc="lower right")
+    axes.set_xlabel("rank of each weight's change (below each: MB)")
+    return drawing.made_from(used)
 
 
 # --------------------------------------------------------------------------------

@@ -30,11 +30,13 @@ from .records import Record
 from .references import Reference, load_references
 from .study import (
     AutoencoderConfig,
+    RankConfig,
     Row,
     Study,
     StudyConfig,
     backbone_configs,
     configs,
+    rank_configs,
     table,
 )
 from .tuning import TuningConfig, customize
@@ -50,6 +52,7 @@ ARMS = {
     "all": "whole UNet tuned",
     "ceiling": "autoencoder",
 }
+WANTED = {"shape": "silhouette", "appearance": "material"}  # the retrieval that is an attribute's transfer
 REPEATS, REPEAT_SECONDS = 2, 60.0
 
 
@@ -222,6 +225,72 @@ def experiments(attribute: str, which: str = "development") -> list[tuple[Tuning
         (arm,) = rows.keys() - {"floor"}
         tried.append((tuning, len(made), rows[arm]))
     return tried
+
+
+@dataclass(frozen=True)
+class AtRank:
+    """An attribute's customizations at one rank: mean over the references' pictures, and size of each."""
+
+    rank: int | None  # None: in full
+    exportable: bool
+    transfer: dict[str, float]
+    error: float
+    megabytes: float
+    references: int
+
+
+def ranks(which: str = "evaluation") -> tuple[dict[str, list[AtRank]], list[Record]]:
+    """What is left of each attribute at a low rank, and the records that say so; empty where none is stored.
+
+    Over the references whose every rank is stored.
+    """
+    stored = {record.key: record for record in records.all("rank")}
+    runs: dict[str, dict[tuple[int | None, bool], list[Record]]] = {}
+    used: list[Record] = []
+    inputs: dict[str, str] | None = None
+    whole: dict[tuple[str, str], list[RankConfig]] = defaultdict(list)
+    for config in rank_configs(study().references(which)):
+        whole[config.attribute, config.reference].append(config)
+    for (attribute, _), wanted in whole.items():
+        inputs = inputs or study().inputs(wanted[0])
+        made = [stored.get(records.key_of(config)) for config in wanted]
+        if any(record is None or record.inputs != inputs for record in made):
+            continue
+        used += made
+        for config, record in zip(wanted, made, strict=True):
+            runs.setdefault(attribute, {}).setdefault((config.rank, config.exportable), []).append(record)
+    return {
+        attribute: [
+            AtRank(
+                rank,
+                exportable,
+                {
+                    name: float(np.mean([value or 0.0 for r in made for value in r.metrics[score]]))
+                    for name, score in (("iou", "iou"), ("retrieval", WANTED[attribute]))
+                },
+                float(np.mean([r.metrics["error"] for r in made])),
+                float(np.mean([r.metrics["megabytes"] for r in made])),
+                len(made),
+            )
+            for (rank, exportable), made in by_rank.items()
+        ]
+        for attribute, by_rank in runs.items()
+    }, used
+
+
+def smallest_rank(attribute: str, found: Sequence[AtRank], within: float = 0.02) -> AtRank | None:
+    """The smallest rank that keeps the transfer to `within` of the full change's, relatively; None if none.
+
+    Transfer is the aligned IoU for a shape and the share of materials retrieved for an appearance.
+    """
+    score = "iou" if attribute == "shape" else "retrieval"
+    full = next(one for one in found if one.rank is None and not one.exportable)
+    enough = [
+        one
+        for one in found
+        if one.rank is not None and one.transfer[score] >= (1 - within) * full.transfer[score]
+    ]
+    return min(enough, key=lambda one: one.rank, default=None)
 
 
 def _arms(found: Results, mode: str) -> list[tuple[str, Row]]:

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from . import backbone as backbones
 from . import measure, records, world
+from .artefacts import low_rank, relative_error
 from .backbone import Backbone, load_backbone
 from .customization import ATTRIBUTES, Customization, load_customization
 from .judges import WEIGHTS, Judgement, Judges, accuracies, load_judges, obeyed, targets_of
@@ -50,6 +51,8 @@ RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "study"  # what was learnt, s
 PROMPTS = 4  # prompts a reference, one picture each
 NEAR_COLOUR = 30.0  # CIELAB: a named colour this near to a tenth of a material is not another colour
 NEAR_SHAPE = 0.7  # aligned IoU: a named shape this like a silhouette is not another shape
+RANKS = (1, 2, 4, 8, 16, 32)  # of a customization's change
+FULL_RANK = 1 << 20  # above that of any weight
 BATCH = 16  # pictures generated at once; bits are promised at equal batch shape
 Kind = Literal["floor", "customized", "ceiling"]
 
@@ -105,6 +108,24 @@ class CompositionConfig:
         arms = _arm(self.kind, self.shape_tuning), _arm(self.kind, self.appearance_tuning)
         named = {("encoder", "decoder"): "ours", ("decoder", "encoder"): "reversed"}
         return named.get(arms, arms[0] if arms[0] == arms[1] else " x ".join(arms))
+
+
+@dataclass(frozen=True)
+class RankConfig:
+    """A customization of the study brought to a low rank, and asked what `StudyConfig` asks."""
+
+    attribute: str
+    reference: str
+    tuning: TuningConfig
+    # At most this rank for the change of each weight; None keeps it in full.
+    rank: int | None
+    # Leave out what an exported LoRA cannot carry: the changes of biases and norms.
+    exportable: bool = False
+    list: str = "evaluation"
+    backbone: str = "mini"
+    seed: int = 0
+    sampler_steps: int = 25
+    guidance_scale: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -384,6 +405,7 @@ class Study:
         scorers = {
             StudyConfig: self._score_attribute,
             CompositionConfig: self._score_composition,
+            RankConfig: self._score_rank,
             ObedienceConfig: self._score_obedience,
             AutoencoderConfig: self._score_autoencoder,
             JudgesConfig: self._score_judges,
@@ -412,7 +434,7 @@ class Study:
         inputs = {f"backbone {config.backbone}": _weights_sha256(config.backbone, identity)}
         if not isinstance(config, AutoencoderConfig):
             inputs["judges"] = records.sha256(WEIGHTS / "judges")
-        if isinstance(config, StudyConfig | CompositionConfig):
+        if isinstance(config, StudyConfig | CompositionConfig | RankConfig):
             inputs[f"references {config.list}"] = self.references(config.list).sha256
         return inputs
 
@@ -447,12 +469,25 @@ class Study:
             **self._scored(config, asked, shape, appearance, learnt),
         }
 
+    def _score_rank(self, config: RankConfig) -> dict[str, Any]:
+        reference = self.references(config.list)[config.reference]
+        learnt = self.learn(config.attribute, reference, config.tuning, config.backbone)
+        small = learnt
+        if config.rank is not None or config.exportable:
+            small = low_rank(learnt, config.rank or FULL_RANK, only_exportable=config.exportable)
+        asked = prompts_for(reference, config.attribute)
+        return {
+            "megabytes": small.nbytes / 1e6,
+            "error": relative_error(small, learnt),
+            **self._scored(config, asked, reference, reference, {config.attribute: small}),
+        }
+
     def _scored(
-        self, config: StudyConfig | CompositionConfig, asked: Sequence[Asked], shape: Reference,
+        self, config: StudyConfig | CompositionConfig | RankConfig, asked: Sequence[Asked], shape: Reference,
         appearance: Reference, learnt: dict[str, Customization],
     ) -> dict[str, list]:  # fmt: skip
         listed, backbone = self.references(config.list), self.backbone(config.backbone)
-        if config.kind == "ceiling":
+        if getattr(config, "kind", "customized") == "ceiling":
             images = right_answers(asked, shape, appearance, backbone)
             return score_images(images, asked, shape, appearance, listed, self.judges())
         return score_customization(
@@ -686,6 +721,19 @@ def configs(
     return grid
 
 
+def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -> list[RankConfig]:
+    """Each attribute learnt the default way: in full, at each of `RANKS`, and as far as it can travel."""
+    grid = []
+    for reference in listed:
+        for attribute in ATTRIBUTES:
+            full = RankConfig(
+                attribute, reference.id, TuningConfig.of(attribute, seed=seed), None,
+                list=listed.name, backbone=backbone, seed=seed,
+            )  # fmt: skip
+            grid += [full, *(replace(full, rank=rank) for rank in RANKS), replace(full, exportable=True)]
+    return grid
+
+
 def backbone_configs(backbone: str = "mini") -> list[Any]:
     """What is measured of a backbone by itself."""
     sets = ("world", "photographs", "tiles")
@@ -821,6 +869,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--parts", nargs="+", default=PARTS, help="parts to tune (default: encoder decoder all)"
     )
+    parser.add_argument("--ranks", action="store_true", help="also what is left of each at a low rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--records", type=Path, help="folder of the records (default: figures/records, or runs)"
@@ -838,7 +887,10 @@ def main(argv: list[str] | None = None) -> None:
     grid: list[Any] = configs(listed, **chosen)
     if not arguments.folder:
         grid = [*backbone_configs(arguments.backbone), *grid]
-    mine = grid[state.process_index :: state.num_processes]
+    mine: list[Any] = grid + (
+        rank_configs(listed, backbone=arguments.backbone, seed=arguments.seed) if arguments.ranks else []
+    )
+    mine = mine[state.process_index :: state.num_processes]
     for config in tqdm(mine, unit="run", disable=not state.is_local_main_process):
         study.run(config, stored)
     state.wait_for_everyone()

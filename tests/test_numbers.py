@@ -19,6 +19,7 @@ from escd.study import (
     ObedienceConfig,
     StudyConfig,
     configs,
+    rank_configs,
 )
 from escd.tuning import TuningConfig
 
@@ -111,6 +112,29 @@ def test_the_table_has_every_arm_and_the_intervals(stored):
     row = numbers.results().rows["shape"]["encoder"]
     assert f"{100 * row.transfer['retrieval']:.0f} %" in text
     assert f"[{row.leakage.low:+.2f}, {row.leakage.high:+.2f}]".replace("-0.00", "+0.00") in text
+
+
+def test_what_is_left_at_a_rank(stored):
+    assert numbers.ranks() == ({}, []), "no record, no rank"
+    kept = {1: 0.5, 2: 0.7, 4: 0.79, 8: 0.8, 16: 0.8, 32: 0.8, None: 0.8}
+    for config in rank_configs(LISTED):
+        if config.reference == LISTED[2].id and config.rank == 4:
+            continue  # so this reference does not count
+
+        def scores(config):
+            right = kept[config.rank] - 0.1 * config.exportable
+            found = {"iou": [right, None], "silhouette": [True, None], "material": [right > 0.69] * 2}
+            return {"error": 1 - right, "megabytes": 2.0, **found}
+
+        records.get(config, scores, inputs={"backbone mini": "aa"}, device="cpu")
+    found, used = numbers.ranks()
+    assert {attribute: len(rows) for attribute, rows in found.items()} == {"shape": 8, "appearance": 8}
+    assert all(row.references == 2 for rows in found.values() for row in rows) and len(used) == 2 * 2 * 8
+    full = next(row for row in found["shape"] if row.rank is None and not row.exportable)
+    assert full.transfer == {"iou": pytest.approx(0.4), "retrieval": 0.5} and full.megabytes == 2.0
+    assert numbers.smallest_rank("shape", found["shape"]).rank == 4
+    assert numbers.smallest_rank("appearance", found["appearance"]).rank == 2
+    assert numbers.smallest_rank("shape", [row for row in found["shape"] if row.rank in (1, None)]) is None
 
 
 def test_a_contrast_is_between_the_same_pictures(stored):

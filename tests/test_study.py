@@ -9,7 +9,14 @@ import torch
 from escd import judges, records, study
 from escd.judges import Judge, Judges
 from escd.references import load_references
-from escd.study import AutoencoderConfig, CompositionConfig, ObedienceConfig, StudyConfig, prompts_for
+from escd.study import (
+    AutoencoderConfig,
+    CompositionConfig,
+    ObedienceConfig,
+    RankConfig,
+    StudyConfig,
+    prompts_for,
+)
 from escd.tuning import TuningConfig
 from escd.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
 
@@ -157,6 +164,22 @@ def test_compositions_and_other_kinds(made, listed):
         StudyConfig("shape", listed[0].id, "customized").arm  # noqa: B018
     with pytest.raises(ValueError, match="needs a folder"):
         made.references("folder")
+
+
+def test_ranks_are_scored_like_the_study(made, listed, tmp_path, monkeypatch):
+    short = TuningConfig.of("shape", steps=2, batch_size=2, views=4)
+    full = RankConfig("shape", listed[0].id, short, None, **SHORT)
+    whole, one, travels = (
+        made.run(config, tmp_path).metrics
+        for config in (full, dataclasses.replace(full, rank=1), dataclasses.replace(full, exportable=True))
+    )
+    studied = made.run(StudyConfig("shape", listed[0].id, "customized", short, **SHORT), tmp_path).metrics
+    assert whole["iou"] == studied["iou"] and whole["megabytes"] == studied["megabytes"]
+    assert whole["error"] == 0 < travels["error"] and one["error"] > 0
+    assert one["megabytes"] < whole["megabytes"]
+    grid = study.rank_configs(dataclasses.replace(listed, references=listed.references[:2]))
+    assert len(grid) == len(set(grid)) == 2 * 2 * (len(study.RANKS) + 2)
+    assert {config.tuning for config in grid} == {TuningConfig.of("shape"), TuningConfig.of("appearance")}
 
 
 def test_the_grid(listed):
