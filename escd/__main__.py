@@ -11,10 +11,11 @@ import torch
 
 from .artefacts import export, low_rank
 from .backbone import load_backbone
+from .cost import minutes, require_memory, tuning_cost
 from .customization import load_customization, resolve_attribute
 from .images import open_image_and_mask
 from .pipeline import ESCDPipeline
-from .tuning import customize
+from .tuning import TuningConfig, customize
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, MemoryError) as error:
         print(f"escd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -86,17 +87,13 @@ def _customize(options: argparse.Namespace) -> None:
     output = options.output or Path(f"{options.image.stem}-{attribute.name}.safetensors")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent} to write {output.name} to")
-    customization = customize(
-        options.image,
-        attribute,
-        load_backbone(options.backbone),
-        mask=options.mask,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        part=options.part,
-        rank=options.rank,
-        seed=options.seed,
-    )
+    given = {name: getattr(options, name) for name in ("steps", "learning_rate", "rank", "seed")}
+    config = TuningConfig.of(attribute, options.part, **given)
+    backbone = load_backbone(options.backbone)
+    cost = tuning_cost(backbone, config)
+    require_memory(cost, backbone.device)
+    print(f"Tuning takes {cost}" + (f", {minutes(cost)} at least" if backbone.device.type == "cpu" else ""))
+    customization = customize(options.image, attribute, backbone, mask=options.mask, config=config)
     customization.save(output)
     print(f"{output}: {customization}")
 

@@ -407,7 +407,7 @@ def _tune(
         range(config.steps), desc=f"{attribute.name} ({config.part})", unit="step", disable=not progress
     )
     try:
-        with _fast_arithmetic(device):
+        with fast_arithmetic(device):
             kept = None
             if config.conditioning == "cached":
                 kept = read_ahead(draw(config.draws), backbone, attribute, config.batch_size)
@@ -510,13 +510,19 @@ def _readable(backbone: Backbone, token: str, said: Sequence[str], plain: Sequen
     return [p for p in written if not backbone.cut_off(p)] or [prompt.format(token) for prompt in plain]
 
 
+def runs_in(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the processor has it, else None: the backbone's own."""
+    has = torch.ops.mkldnn._is_mkldnn_bf16_supported() if device.type == "cpu" else device.type == "cuda"
+    return torch.bfloat16 if has else None
+
+
 @contextmanager
-def _fast_arithmetic(device: torch.device) -> Iterator[None]:
+def fast_arithmetic(device: torch.device) -> Iterator[None]:
     """bfloat16 where the processor has it, and on a CPU the attention kernel that is fast backwards."""
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported() if device.type == "cpu" else device.type == "cuda":
+        if (dtype := runs_in(device)) is not None:
             # Autocast would otherwise keep the first step's rounded copies of the weights that learn.
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16, cache_enabled=False))
+            stack.enter_context(torch.autocast(device.type, dtype, cache_enabled=False))
         yield

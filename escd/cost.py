@@ -1,0 +1,169 @@
+"""What tuning will take, told before it begins: memory, and time on a CPU.
+
+Nothing is computed. One step goes through a UNet of PyTorch's fake tensors, which have shapes and no numbers:
+what the step would keep for its way back is counted, and so are its floating-point operations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from .backbone import Backbone
+from .halves import down_path
+from .parts import parameters_of
+from .tuning import NO_PART, Draws, TuningConfig, fast_arithmetic, predicted, runs_in
+
+STATE = 12  # bytes of Adam's two moments and of the gradient, for each number that learns
+WEIGHT = 4  # bytes of a number that learns: it is kept in single precision
+
+
+@dataclass(frozen=True)
+class TuningCost:
+    """Bytes that tuning holds at its peak, by what they are for, and the operations of all its steps."""
+
+    frozen: int  # the backbone as it is
+    learning: int  # what learns, with its gradients and the optimiser's state
+    activations: int  # what one step keeps for its way back
+    operations: int  # floating-point operations of all steps
+
+    @property
+    def total(self) -> int:
+        return self.frozen + self.learning + self.activations
+
+    def __str__(self) -> str:
+        parts = (
+            f"{name} {value / 2**30:.2f}"
+            for name, value in (
+                ("backbone", self.frozen),
+                ("what learns", self.learning),
+                ("activations", self.activations),
+            )
+        )
+        return f"about {self.total / 2**30:.2f} GB ({', '.join(parts)})"
+
+
+def tuning_cost(backbone: Backbone, config: TuningConfig) -> TuningCost:
+    """Memory and arithmetic of `customize` with this configuration on this backbone, where it is.
+
+    A prediction: allocators round up, and libraries have workspaces of their own.
+    """
+    dtype = backbone.unet.dtype
+    with FakeTensorMode(), torch.device(backbone.device), fast_arithmetic(backbone.device):
+        unet = _fake(backbone.unet, dtype)
+        channels, height, width = backbone.latent_shape
+        x_t = torch.empty(config.batch_size, channels, height, width, dtype=dtype)
+        tokens = backbone.tokenizer.model_max_length
+        text = torch.empty(config.batch_size, tokens, unet.config.cross_attention_dim, dtype=dtype)
+        seen = Draws(
+            x_t,
+            torch.zeros(config.batch_size, dtype=torch.long),
+            x_t,
+            torch.empty(config.batch_size, 1, height, width),
+            [""] * config.batch_size,
+        )
+        trained = {} if config.part == NO_PART else parameters_of(unet, config.part)
+        if config.rank is not None:
+            trained = {name: p for name, p in trained.items() if p.ndim > 1}
+        weights = {name: torch.empty_like(p, dtype=torch.float32) for name, p in trained.items()}
+        for w in weights.values():
+            w.requires_grad_()
+        if config.conditioning == "cached":
+            with torch.no_grad():
+                seen.maps = down_path(unet, seen.x_t, seen.t, text)
+        kept = _Kept([*unet.parameters(), *weights.values()])
+        with FlopCounterMode(display=False) as counter:
+            with saved_tensors_hooks(kept.keep, lambda saved: saved):
+                loss = predicted(unet, weights, seen, text.requires_grad_(), config.conditioning).sum()
+            loss.backward()
+    frozen = sum(p.nbytes for module in backbone.modules.values() for p in module.parameters())
+    learning = sum(_learns(p, config.rank) for p in trained.values()) * (WEIGHT + STATE)
+    if config.rank is not None:  # the weights they change are made anew in each step, and differentiated
+        learning += sum(2 * WEIGHT * p.numel() for p in trained.values())
+    activations = kept.bytes + config.batch_size * _text_activations(backbone)
+    return TuningCost(frozen, learning, activations, counter.get_total_flops() * config.steps)
+
+
+def cpu_seconds(cost: TuningCost, side: int = 1024) -> float:
+    """Seconds the operations would take at the speed this CPU multiplies matrices now: a lower bound."""
+    a = torch.randn(side, side, dtype=runs_in(torch.device("cpu")) or torch.float32)
+    a @ a  # the first product sets the library up
+    start = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    return cost.operations * (time.perf_counter() - start) / (3 * 2 * side**3)
+
+
+def minutes(cost: TuningCost) -> str:
+    """The time on this CPU in words."""
+    seconds = cpu_seconds(cost)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def require_memory(cost: TuningCost, device: torch.device) -> None:
+    """Raise MemoryError, with what to do, where a GPU has less memory in all than tuning is to take."""
+    if device.type != "cuda":
+        return
+    there = torch.cuda.get_device_properties(device).total_memory
+    if cost.total > there:
+        raise MemoryError(
+            f"tuning takes {cost}, and {torch.cuda.get_device_name(device)} has {there / 2**30:.1f} GB: load "
+            "the backbone in half precision (dtype=torch.float16), lower TuningConfig.batch_size, learn the "
+            'change at a rank (rank=16), or, for an appearance, take conditioning="half"'
+        )
+
+
+class _Kept:
+    """Counts the bytes that autograd keeps, each storage once, and none of the network's own."""
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        self.bytes = 0
+        self.known = {p.untyped_storage()._cdata for p in own}
+        self.held: list[Tensor] = []  # a storage that is freed could lend its address to the next
+
+    def keep(self, saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.held.append(saved)
+            self.bytes += storage.nbytes()
+        return saved
+
+
+def _text_activations(backbone: Backbone) -> int:
+    """Bytes the text encoder keeps of one prompt for the pseudo-word's gradient."""
+    kept = _Kept([*backbone.text_encoder.parameters()])
+    table = backbone.text_encoder.get_input_embeddings()
+    handle = table.register_forward_hook(lambda _module, _inputs, rows: rows.requires_grad_())
+    try:
+        with saved_tensors_hooks(kept.keep, lambda saved: saved):
+            backbone.encode_prompt(["shape"])
+    finally:
+        handle.remove()
+    return kept.bytes
+
+
+def _fake(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A frozen UNet of this one's shapes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # fake weights cannot change their type
+    try:
+        architecture = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+        return UNet2DConditionModel(**architecture).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _learns(p: Tensor, rank: int | None) -> int:
+    """Numbers that learn of a parameter."""
+    if rank is None:
+        return p.numel()
+    return min(rank, p.shape[0], p[0].numel()) * (p.shape[0] + p[0].numel())

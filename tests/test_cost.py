@@ -1,0 +1,92 @@
+"""What tuning will take: counted beforehand, and held against what it then takes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import escd
+from escd.cost import TuningCost, cpu_seconds, minutes, require_memory, tuning_cost
+from escd.tuning import Draws, TuningConfig, predicted
+
+# Peak memory of a process that tunes mini for two steps, in bytes.
+PEAK = """
+import resource, sys, torch
+import escd
+from escd.tuning import TuningConfig
+torch.set_num_threads(1)
+backbone = escd.load_backbone("mini", device="cpu")
+config = TuningConfig.of("appearance", steps=2, views=2, batch_size=int(sys.argv[1]))
+escd.customize(torch.zeros(3, 64, 64), "appearance", backbone, config=config, progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def test_the_memory_that_batches_take_is_foretold():
+    backbone = escd.load_backbone("mini", device="cpu")
+    peaks, costs = [], []
+    for batch in (8, 72):
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, str(batch)], check=True, capture_output=True, text=True
+        )
+        peaks.append(int(done.stdout))
+        costs.append(tuning_cost(backbone, TuningConfig.of("appearance", steps=2, batch_size=batch)))
+    assert costs[0].learning == costs[1].learning and costs[0].frozen == costs[1].frozen
+    grown = costs[1].activations - costs[0].activations
+    assert 6 < grown / costs[0].activations < 8, "in proportion to the batch, but for copies of the weights"
+    # on the way back a few gradients come on top, and what the allocator does not use again
+    assert 0.8 < (peaks[1] - peaks[0]) / grown < 1.7
+    assert costs[1].total < peaks[1], "python and its libraries come on top"
+
+
+def test_what_learns_is_counted(backbone):
+    def learning(*given, **changes):
+        return tuning_cost(backbone, TuningConfig.of(*given, **changes)).learning
+
+    shape, whole = learning("shape"), learning("shape", "all")
+    assert 0 < shape < whole and learning("shape", "none") == 0
+    numbers = sum(p.numel() for p in escd.parts.parameters_of(backbone.unet, "encoder").values())
+    assert shape == 16 * numbers
+    assert learning("shape", rank=1) < learning("shape", rank=2)
+
+
+def test_operations_are_those_of_a_real_step(backbone):
+    config = TuningConfig.of("shape", steps=3, batch_size=2)
+    weights = {
+        name: p.detach().clone().requires_grad_()
+        for name, p in escd.parts.parameters_of(backbone.unet, "encoder").items()
+    }
+    x_t = torch.randn(2, *backbone.latent_shape)
+    seen = Draws(x_t, torch.tensor([5, 500]), x_t, torch.ones(2, 1, 1, 1), [""] * 2)
+    text = backbone.encode_prompt(["a star"] * 2).detach().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        predicted(backbone.unet, weights, seen, text, "joint").sum().backward()
+    assert tuning_cost(backbone, config).operations == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
+    joint, half, cached = (
+        tuning_cost(backbone, TuningConfig.of("appearance", conditioning=kind)).operations
+        for kind in ("joint", "half", "cached")
+    )
+    assert joint > half > cached > 0
+
+
+def test_it_is_said_in_words(backbone):
+    cost = tuning_cost(backbone, TuningConfig.of("shape", steps=1))
+    assert "backbone" in str(cost) and "activations" in str(cost) and cpu_seconds(cost) > 0
+    assert minutes(cost).endswith(" s") and minutes(TuningCost(1, 1, 1, 10**16)).endswith(" min")
+
+
+def test_too_little_gpu_memory_says_what_helps(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30)
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    cost = TuningCost(3 << 30, 3 << 30, 1 << 30, 1)
+    require_memory(cost, torch.device("cuda"))
+    require_memory(TuningCost(1 << 40, 0, 0, 1), torch.device("cpu"))
+    with pytest.raises(MemoryError, match=r"about 9\.00 GB.*Card has 8\.0 GB.*float16.*batch_size.*rank"):
+        require_memory(TuningCost(5 << 30, 3 << 30, 1 << 30, 1), torch.device("cuda"))
