@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from . import parts
 from .artefacts import export, low_rank
 from .backbone import Backbone, ImageTower, load_backbone
+from .cost import require_memory, tuning_cost
 from .customization import ATTRIBUTES, Attribute, Customization, load_customization
 from .encoder import extract_features
 from .fusion import AttributeFilter, pseudo_word
@@ -39,6 +40,8 @@ __all__ = [
     "low_rank",
     "parts",
     "pseudo_word",
+    "require_memory",
+    "tuning_cost",
 ]
 
 
