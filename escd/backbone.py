@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from diffusers import __version__ as diffusers_version
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import compute_snr
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, get_model_config
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors import SafetensorError, safe_open
@@ -600,6 +603,7 @@ def _fetch(model: Model) -> Path:
         ("text_encoder", "model"),
     ):
         files += [f"{name}/config.json", f"{name}/{stem}{suffix}.safetensors"]
+    _require_disk(model, files)
     try:
         return Path(snapshot_download(model.repository, revision=model.revision, allow_patterns=files))
     except LocalEntryNotFoundError as error:
@@ -607,6 +611,29 @@ def _fetch(model: Model) -> Path:
             f"{model.repository} is no folder, it is not in the Hugging Face cache, and the hub cannot be "
             "reached; connect once to download it, or give the path of a folder in diffusers layout"
         ) from error
+
+
+def _require_disk(model: Model, files: list[str]) -> None:
+    """Raise OSError where what a hub model still has to download does not fit on the disk."""
+    cache = Path(HF_HUB_CACHE)
+    try:
+        there = HfApi().model_info(model.repository, revision=model.revision, files_metadata=True).siblings
+    except Exception:  # whatever keeps the hub from answering, the download itself will tell
+        return
+    missing = [
+        file.size or 0
+        for file in filter_repo_objects(there, allow_patterns=files, key=lambda file: file.rfilename)
+        if not isinstance(
+            try_to_load_from_cache(model.repository, file.rfilename, revision=model.revision), str
+        )
+    ]
+    place = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if sum(missing) > free:
+        raise OSError(
+            f"{model.repository} needs {sum(missing) / 1e9:.1f} GB more in {cache}, where "
+            f"{free / 1e9:.1f} GB are free: make room, or set HF_HOME to a folder on another disk"
+        )
 
 
 def _open_clip_tower(file: str | Path | None, dtype: torch.dtype) -> ImageTower:

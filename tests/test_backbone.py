@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import huggingface_hub
 import open_clip
@@ -139,6 +140,25 @@ def test_a_hub_model_that_is_not_here_is_told_clearly(offline):
         OSError, match=r"nobody/nothing-v1\.5 is no folder, it is not in the Hugging Face cache, and"
     ):
         load_backbone("nobody/nothing-v1.5")
+
+
+def test_a_full_disk_is_told_before_the_download(monkeypatch, tmp_path):
+    sizes = {"unet/diffusion_pytorch_model.safetensors": 3_000_000_000, "v1-5.ckpt": 4_000_000_000}
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    info = SimpleNamespace(siblings=siblings)
+    monkeypatch.setattr(escd.backbone, "HfApi", lambda: SimpleNamespace(model_info=lambda *a, **k: info))
+    monkeypatch.setattr(escd.backbone, "HF_HUB_CACHE", str(tmp_path / "not" / "there"))
+    downloads = []
+    monkeypatch.setattr(escd.backbone, "snapshot_download", lambda *a, **k: downloads.append(a) or tmp_path)
+    usage = SimpleNamespace(free=2_000_000_000)
+    monkeypatch.setattr(escd.backbone.shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(OSError, match=r"nobody/nothing needs 3\.0 GB more in .*2\.0 GB are free.*HF_HOME"):
+        load_backbone("nobody/nothing")
+    assert not downloads
+    usage.free = 4_000_000_000  # enough for what is wanted, not for the pickle
+    with pytest.raises(FileNotFoundError, match="not a backbone"):
+        load_backbone("nobody/nothing")
+    assert downloads
 
 
 def test_a_missing_image_tower_is_told_clearly(offline, tiny_folder, tmp_path, monkeypatch):
