@@ -45,7 +45,7 @@ PROMPTS = {
 # Learning rate and steps for each half of the UNet. The halves differ in size and depth, so one rate for both
 # would compare rates, not halves.
 RATES = {
-    "shape": {"encoder": 5e-4, "decoder": 5e-4, "all": 3.5e-4},
+    "shape": {"encoder": 1e-3, "decoder": 5e-4, "all": 5e-4},
     "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
 }
 STEPS = {"shape": 350, "appearance": 80}
