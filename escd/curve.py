@@ -28,6 +28,8 @@ from .references import load_references
 from .study import ObedienceConfig, Study, StudyConfig
 from .tuning import TuningConfig
 
+# What each attribute's transfer and its leakage are retrieved by.
+SCORED = (("shape", "silhouette", "texture_material"), ("appearance", "material", "silhouette"))
 CHECKPOINTS = RUNS / "unet" / "checkpoints"
 
 
@@ -37,7 +39,7 @@ class CurveConfig:
 
     images: int
     prompts: int = 256
-    # The first so many of the development list.
+    # The first so many of the development list; with none, nothing is tuned.
     references: int = 3
     backbone: str = "mini"
     seed: int = 0
@@ -55,10 +57,7 @@ def score_checkpoint(config: CurveConfig, folder: Path) -> dict[str, Any]:
     obeyed = study.score(ObedienceConfig(prompts=config.prompts, **same))
     metrics: dict[str, Any] = {"obeyed": {k: v for k, v in obeyed.items() if not k.startswith("by_")}}
     few = list(load_references(which="development"))[: config.references]
-    for name, wanted, unwanted in (
-        ("shape", "silhouette", "texture_material"),
-        ("appearance", "material", "silhouette"),
-    ):
+    for name, wanted, unwanted in SCORED if few else ():
         tuning = TuningConfig.of(name, seed=config.seed)
         rows = [
             study.score(StudyConfig(name, one.id, "customized", tuning, list="development", **same))

@@ -29,6 +29,8 @@ def test_a_checkpoint_is_scored_like_the_study(tmp_path, monkeypatch):
     for attribute in ("shape", "appearance"):
         assert all(0 <= metrics[attribute][name] <= 1 for name in ("retrieved", "leaked", "iou"))
     assert metrics["trained_seconds"] is None
+    untuned = score_checkpoint(CurveConfig(7, prompts=4, references=0, sampler_steps=2), backbone)
+    assert set(untuned) == {"obeyed", "trained_seconds"} and untuned["obeyed"] == metrics["obeyed"]
 
 
 def test_points_are_in_the_order_of_the_training(tmp_path, monkeypatch):
