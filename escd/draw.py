@@ -570,7 +570,7 @@ def transfer_by_rank() -> Drawing:
     """What is left of each attribute when the change of every weight is brought to a rank, and its size."""
     found, used = ranks()
     drawing = Drawing(COLUMN, 2.9, layout="constrained")
-    scores = {"shape": ("iou", "aligned IoU"), "appearance": ("retrieval", "retrieved of 20")}
+    scores = {"shape": ("iou", "shape, IoU"), "appearance": ("retrieval", "appearance, retrieved")}
     for axes, attribute in zip(drawing.subplots(2, 1, sharex=True), ATTRIBUTES.values(), strict=True):
         score, label = scores[attribute.name]
         rows, colour = found[attribute.name], SHAPE if attribute.part == "encoder" else APPEARANCE
@@ -579,7 +579,7 @@ def transfer_by_rank() -> Drawing:
         travels = next(row for row in rows if row.exportable)
         axes.axhline(full.transfer[score], color=INK, lw=0.8, label=f"in full, {full.megabytes:.0f} MB")
         axes.axhline(
-            travels.transfer[score], color=MUTED, lw=0.8, ls=":", label="in full, no biases and norms"
+            travels.transfer[score], color=colour, lw=1.6, ls=":", label="in full, no biases and norms"
         )
         axes.plot([row.rank for row in low], [row.transfer[score] for row in low], "o-", color=colour)
         for row in low:
@@ -593,7 +593,7 @@ def transfer_by_rank() -> Drawing:
             )
         axes.set_xscale("log", base=2)
         axes.set_xticks([row.rank for row in low], [str(row.rank) for row in low])
-        axes.set_ylabel(f"{attribute.name}: {label}")
+        axes.set_ylabel(label)
         axes.set_ylim(0, 1.1 * max(row.transfer[score] for row in rows))
         axes.grid(True, axis="y")
         axes.legend(loc="lower right")
