@@ -39,7 +39,7 @@ def low_rank(
     error: float | None = None,
     only_exportable: bool = False,
 ) -> Customization:
-    """The customization with the change of each weight at a rank of at most `rank`.
+    """The customization with the change of each weight at a rank of at most `rank` (paper, Eq. 8).
 
     Give either `rank`, or `error`: the smallest rank is then taken at which all weights together are off by
     at most this share of their change (relative Frobenius norm). A weight that its factors would not make

@@ -339,4 +339,4 @@ def test_paper_cites_every_reference_and_no_other():
 
 def test_paper_equations_come_in_the_order_the_code_names_them():
     labels = re.findall(r"\\label\{eq:(\w+)\}", PAPER)
-    assert labels == ["dm", "ldm", "fdown", "ref", "fusion", "tuning", "strength"]
+    assert labels == ["dm", "ldm", "fdown", "ref", "fusion", "tuning", "strength", "rank"]
