@@ -92,7 +92,8 @@ def _customize(options: argparse.Namespace) -> None:
     backbone = load_backbone(options.backbone)
     cost = tuning_cost(backbone, config)
     require_memory(cost, backbone.device)
-    print(f"Tuning takes {cost}" + (f", {minutes(cost)} at least" if backbone.device.type == "cpu" else ""))
+    least = f", {minutes(cost)} at least" if backbone.device.type == "cpu" else ""
+    print(f"Tuning takes {cost}{least}", flush=True)
     customization = customize(options.image, attribute, backbone, mask=options.mask, config=config)
     customization.save(output)
     print(f"{output}: {customization}")
