@@ -11,7 +11,7 @@ import torch
 
 from .artefacts import export, low_rank
 from .backbone import load_backbone
-from .cost import minutes, require_memory, tuning_cost
+from .cost import require_memory, time_in_words, tuning_cost
 from .customization import load_customization, resolve_attribute
 from .images import open_image_and_mask
 from .pipeline import ESCDPipeline
@@ -92,7 +92,7 @@ def _customize(options: argparse.Namespace) -> None:
     backbone = load_backbone(options.backbone)
     cost = tuning_cost(backbone, config)
     require_memory(cost, backbone.device)
-    least = f", {minutes(cost)} at least" if backbone.device.type == "cpu" else ""
+    least = f", {time_in_words(cost)} at least" if backbone.device.type == "cpu" else ""
     print(f"Tuning takes {cost}{least}", flush=True)
     customization = customize(options.image, attribute, backbone, mask=options.mask, config=config)
     customization.save(output)

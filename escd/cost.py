@@ -102,8 +102,8 @@ def cpu_seconds(cost: TuningCost, side: int = 1024) -> float:
     return cost.operations * (time.perf_counter() - start) / (3 * 2 * side**3)
 
 
-def minutes(cost: TuningCost) -> str:
-    """The time on this CPU in words."""
+def time_in_words(cost: TuningCost) -> str:
+    """The least time that tuning takes on this CPU, in seconds or minutes."""
     seconds = cpu_seconds(cost)
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 

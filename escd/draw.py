@@ -569,6 +569,8 @@ def leakage_table() -> Drawing:
 def transfer_by_rank() -> Drawing:
     """What is left of each attribute when the change of every weight is brought to a rank, and its size."""
     found, used = ranks()
+    if not found:
+        raise KeyError("figures/records has no reference at every rank: `make study` makes it")
     drawing = Drawing(COLUMN, 2.9, layout="constrained")
     scores = {"shape": ("iou", "shape, IoU"), "appearance": ("retrieval", "appearance, retrieved")}
     for axes, attribute in zip(drawing.subplots(2, 1, sharex=True), ATTRIBUTES.values(), strict=True):

@@ -183,8 +183,7 @@ def contrast(attribute: str, one: str, other: str, which: str = "evaluation") ->
     `transfer`: is the wanted attribute retrieved; `leakage`: similarity of the unwanted one. A picture
     without a foreground counts as a miss and as a leak; whole references are resampled.
     """
-    scores = {"shape": ("silhouette", "texture_similarity"), "appearance": ("material", "iou")}
-    wanted, unwanted = scores[attribute]
+    wanted, unwanted = WANTED[attribute], {"shape": "texture_similarity", "appearance": "iou"}[attribute]
     by_arm: dict[str, dict[str, dict]] = {one: {}, other: {}}
     for record in results(which).used:
         if record.kind == "study" and record.config["attribute"] == attribute:

@@ -487,7 +487,7 @@ class Study:
         appearance: Reference, learnt: dict[str, Customization],
     ) -> dict[str, list]:  # fmt: skip
         listed, backbone = self.references(config.list), self.backbone(config.backbone)
-        if getattr(config, "kind", "customized") == "ceiling":
+        if not isinstance(config, RankConfig) and config.kind == "ceiling":
             images = right_answers(asked, shape, appearance, backbone)
             return score_images(images, asked, shape, appearance, listed, self.judges())
         return score_customization(

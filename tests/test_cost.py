@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import escd
-from escd.cost import TuningCost, cpu_seconds, minutes, require_memory, tuning_cost
+from escd.cost import TuningCost, cpu_seconds, require_memory, time_in_words, tuning_cost
 from escd.tuning import Draws, TuningConfig, predicted
 
 # Peak memory of a process that tunes mini for two steps, in bytes.
@@ -77,7 +77,7 @@ def test_operations_are_those_of_a_real_step(backbone):
 def test_it_is_said_in_words(backbone):
     cost = tuning_cost(backbone, TuningConfig.of("shape", steps=1))
     assert "backbone" in str(cost) and "activations" in str(cost) and cpu_seconds(cost) > 0
-    assert minutes(cost).endswith(" s") and minutes(TuningCost(1, 1, 1, 10**16)).endswith(" min")
+    assert time_in_words(cost).endswith(" s") and time_in_words(TuningCost(1, 1, 1, 10**16)).endswith(" min")
 
 
 def test_too_little_gpu_memory_says_what_helps(monkeypatch):
