@@ -17,13 +17,18 @@ if TYPE_CHECKING:
     from .customization import Attribute
 
 
+REACH = 4.0  # lengths of the word's embedding
+
+
 class AttributeFilter(ModelMixin, ConfigMixin):
     """The shape filter and the appearance filter are two of these: one architecture, two sets of weights.
 
     cls_width, down_width: lengths of the two parts of embeds_ref; word_width: length of a word embedding;
     hidden: width inside. ``forward(embeds_ref, word_embedding)`` gives the pseudo-word's embedding. A new
     filter gives the word's own embedding, because its last layer starts at zero: customisation can start
-    from it anywhere.
+    from it anywhere. The pseudo-word lies within `reach` lengths of the word's embedding from it: unbounded,
+    a filter ends thousands of lengths away, where the text encoder's normalisation leaves nothing but a
+    direction, tuning moves nothing and a strength of one per cent is all of it.
     """
 
     @register_to_config
@@ -34,6 +39,7 @@ class AttributeFilter(ModelMixin, ConfigMixin):
         word_width: int,
         hidden: int = 160,
         grids: tuple[int, ...] = GRIDS,
+        reach: float = REACH,
     ) -> None:
         super().__init__()
         # Features differ widely in level and in spread: `standardise` sets these.
@@ -86,8 +92,10 @@ class AttributeFilter(ModelMixin, ConfigMixin):
         merged = torch.cat(
             [self.project_cls(cls), self.project_down(down), self.project_word(word)], -1
         )  # (B, 3H)
+        offset = self.fuse(merged)
+        offset = offset / (1 + offset.square().sum(-1, keepdim=True)).sqrt()  # shorter than 1
         # Eq. 5: v = e + f([embeds_ref; e])
-        return word + self.fuse(merged)
+        return word + self.config.reach * word.norm(dim=-1, keepdim=True) * offset
 
 
 @torch.no_grad()

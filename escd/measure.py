@@ -189,6 +189,11 @@ def _best_iou(a: Tensor, b: Tensor, paired: bool, refined: Sequence[int] = REFIN
     return fine.reshape(best.shape)
 
 
+def canonical(masks: Tensor) -> Tensor:
+    """Silhouettes (N, H, W) as they are compared, but not turned: (N, CANVAS, CANVAS), centred, of one area."""
+    return _canonical(masks.float(), 0.0).view(-1, CANVAS, CANVAS)
+
+
 def _iou(both: Tensor, area_a: Tensor, area_b: Tensor, paired: bool) -> Tensor:
     total = area_a + area_b if paired else area_a[:, None] + area_b[None]
     return both / (total - both).clamp(min=1)

@@ -319,7 +319,7 @@ def _interval(leakage: Interval | None) -> str:
 
 
 # The stages of pretraining, in the order they are trained in.
-STAGES = ("autoencoder", "words", "unet", "towers", "filters")
+STAGES = ("autoencoder", "words", "towers", "unet")
 
 
 def training(backbone: str = "mini") -> dict[str, dict]:

@@ -48,7 +48,9 @@ RATES = {
     "shape": {"encoder": 1e-3, "decoder": 5e-4, "all": 5e-4},
     "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
 }
-STEPS = {"shape": 350, "appearance": 80}
+STEPS = {"shape": 350, "appearance": 40}
+# The pseudo-word's rate. An outline needs the weights: a word that moves much costs colours and backgrounds.
+WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
 # Factors of a change start with one of the two at zero, and move the weights less for the same step.
 LOW_RANK_RATE = 5.0
 
@@ -69,8 +71,8 @@ class TuningConfig:
     # Optimiser steps of `batch_size` noised views of the one image.
     steps: int
     learning_rate: float
-    # The pseudo-word is one vector and needs a larger rate than weights do.
-    word_learning_rate: float = 5e-3
+    # Of the pseudo-word.
+    word_learning_rate: float = 1e-3
     batch_size: int = 8
     # How many differently augmented views of the reference are encoded, once, before the first step.
     views: int = 64
@@ -131,6 +133,7 @@ class TuningConfig:
                 "part": part,
                 "steps": STEPS[recipe],
                 "learning_rate": rate,
+                "word_learning_rate": WORD_RATES[recipe],
                 **given,
             }
         )
@@ -384,6 +387,8 @@ def _tune(
         groups.append({"params": change.parameters(), "lr": config.learning_rate})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     rates = [g["lr"] for g in optimizer.param_groups]
+    # Gradients too small for float16 are scaled up on their way back; elsewhere this does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=runs_in(device) is torch.float16)
     # All draws come from one generator on the CPU: the same seed is the same run on every device.
     generator = torch.Generator().manual_seed(config.seed)
     timesteps = backbone.scheduler.config.num_train_timesteps
@@ -422,8 +427,9 @@ def _tune(
                 out = predicted(unet, change.weights(), seen, text, config.conditioning)
                 weight = loss_weight(backbone.scheduler, seen.t)[:, None, None, None] * seen.inside
                 loss = ((out.float() - seen.target).square() * weight).mean() / seen.inside.mean()
-                loss.backward()
-                optimizer.step()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
@@ -511,14 +517,17 @@ def _readable(backbone: Backbone, token: str, said: Sequence[str], plain: Sequen
 
 
 def runs_in(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the processor has it, else None: the backbone's own."""
-    has = torch.ops.mkldnn._is_mkldnn_bf16_supported() if device.type == "cpu" else device.type == "cuda"
+    """bfloat16 where the processor has it, float16 on older GPUs, else None: the backbone's own."""
+    if device.type == "cuda":
+        # Before Ampere bfloat16 is emulated (a T4), slower than float32.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    has = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if has else None
 
 
 @contextmanager
 def fast_arithmetic(device: torch.device) -> Iterator[None]:
-    """bfloat16 where the processor has it, and on a CPU the attention kernel that is fast backwards."""
+    """The dtype of `runs_in`, and on a CPU the attention kernel that is fast backwards."""
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(sdpa_kernel([SDPBackend.MATH]))

@@ -20,6 +20,8 @@ def test_embeds_ref_is_cls_then_pooled_down_features(backbone):
     assert torch.allclose(extract_features(backbone, images[1:], seed=4)[0], embeds_ref[1], atol=1e-5)
     assert not torch.allclose(embeds_ref[0], embeds_ref[1], atol=1e-3)
     assert not torch.equal(extract_features(backbone, images, seed=5), embeds_ref)
+    known = backbone.encode_images(images)
+    assert torch.equal(extract_features(backbone, images, seed=4, x_0=known), embeds_ref)
 
 
 def test_pooled_means():

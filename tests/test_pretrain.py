@@ -22,7 +22,20 @@ from escd.pretrain.__main__ import WEIGHTS, main
 from escd.pretrain.autoencoder import AutoencoderLoss, start_linear
 from escd.pretrain.loop import LoopConfig, psnr, train
 from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
-from escd.pretrain.unet import NOISE_MEAN, NOISE_SPREAD, denoising_error, draw_noise_levels, make_scheduler
+from escd.pretrain.unet import (
+    NOISE_MEAN,
+    NOISE_SPREAD,
+    OUTLINE,
+    QUARTET,
+    SAME_APPEARANCE,
+    SAME_SHAPE,
+    TOLD,
+    UNetStage,
+    denoising_error,
+    draw_noise_levels,
+    make_scheduler,
+    outlines,
+)
 from escd.pretrain.vocabulary import WORDS, learn_merges, make_tokenizer
 from escd.pretrain.words import GROUNDS, WordLoss, draw_captions
 from escd.world import COLOURS, PATTERNS, SHAPES, Draws, World
@@ -105,6 +118,65 @@ def test_the_stages_of_pretraining_learn_all_they_count():
         module(batch)[0].backward()
         idle = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
         assert idle == []
+
+
+@pytest.fixture(scope="module")
+def unet_stage() -> UNetStage:
+    stage = UNetStage(torch.device("cpu"), WEIGHTS)
+    stage.load(WEIGHTS)
+    return stage
+
+
+def test_every_picture_has_a_partner_of_its_shape_alone_and_one_of_its_appearance_alone(unet_stage):
+    index = torch.arange(40, 64)
+    b, rows = unet_stage._quartets(unet_stage.world, index), torch.arange(len(index))
+    assert len(rows) % QUARTET == 0
+    for turned, shared, other in (
+        (SAME_SHAPE, b.shape_family, b.appearance_family),
+        (SAME_APPEARANCE, b.appearance_family, b.shape_family),
+    ):
+        partners = (rows ^ turned).tolist()
+        assert [shared[k] for k in partners] == shared
+        assert [other[k] for k in partners] != other
+        assert not any(torch.equal(b.image[k], b.image[p]) for k, p in enumerate(partners))
+    # An outline at one place and size is the same under another pose, but for the turning.
+    seen = outlines(b.mask)
+    apart = torch.cdist(seen, seen)
+    assert (apart[rows, rows ^ SAME_SHAPE] < apart.mean(1)).float().mean() > 0.9
+
+
+def test_a_step_shows_a_filter_what_the_picture_shares_and_nothing_of_the_picture(unet_stage):
+    step = unet_stage.batch(1 << 30, 32)
+    plain = 32 - step.shape - step.appearance - step.both
+    kinds = [("*m" in p.split(), "*a" in p.split()) for p in step.prompts]
+    assert kinds == (
+        [(False, False)] * plain
+        + [(True, False)] * step.shape
+        + [(False, True)] * step.appearance
+        + [(True, True)] * step.both
+    )
+    # What a filter reads is the partner's, wherever in the ring the picture lies.
+    rows = [int((unet_stage.latents == x).flatten(1).all(1).nonzero()[0]) for x in step.x_0[plain:]]
+    m, a = [*rows[: step.shape], *rows[-step.both :]], rows[step.shape :]
+    for read, of, turned in ((step.shape_from, m, SAME_SHAPE), (step.appearance_from, a, SAME_APPEARANCE)):
+        assert torch.equal(read, unet_stage.features[torch.tensor(of) ^ turned].float())
+        assert not torch.equal(read, unet_stage.features[torch.tensor(of)].float())
+    # What is told is the reference's own outline.
+    assert step.outline_from.shape[0] == TOLD and step.outline.shape == (TOLD, OUTLINE**2)
+    row = int((unet_stage.features.float() == step.outline_from[0]).all(1).nonzero()[0])
+    assert torch.equal(unet_stage.outlines[row], step.outline[0])
+    text = unet_stage.module.read(step)
+    assert text.shape[0] == 32 and text.requires_grad
+
+
+def test_the_unet_and_both_filters_learn_from_the_one_error(unet_stage):
+    module = unet_stage.module
+    module(unet_stage.batch((1 << 30) + 64, 32))[0].backward()
+    idle = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    assert idle == []
+    for name in ("shape", "appearance"):
+        assert module.filters[name].fuse[-1].weight.grad.abs().sum() > 0
+    module.zero_grad(set_to_none=True)
 
 
 def test_the_error_of_a_perfect_prediction_is_none_at_any_noise():

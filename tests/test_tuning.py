@@ -10,7 +10,7 @@ from escd import tuning
 from escd.artefacts import export
 from escd.backbone import loss_weight, target_of
 from escd.customization import LowRank
-from escd.fusion import AttributeFilter, pseudo_word
+from escd.fusion import REACH, AttributeFilter, pseudo_word
 from escd.parts import names_of, parameters_of
 from escd.tuning import (
     NO_PART,
@@ -49,6 +49,23 @@ def test_a_new_filter_gives_the_words_own_embedding(backbone):
     )
     with pytest.raises(ValueError, match="wide"):
         new(torch.randn(1, 7), word)
+
+
+def test_no_image_takes_a_pseudo_word_farther_than_the_filter_reaches(backbone):
+    word, far, near = (
+        backbone.word_embedding("shape"),
+        *(AttributeFilter.for_backbone(backbone) for _ in "ab"),
+    )
+    embeds_ref = torch.randn(64, far.config.cls_width + far.config.down_width)
+    torch.nn.init.normal_(far.fuse[-1].weight, std=1e4)
+    away = (far(embeds_ref, word) - word).norm(dim=-1) / word.norm()
+    assert away.max() <= REACH * 1.0001 and away.min() > 0.9 * REACH
+    # Little offsets are not bent: twice the layer is twice the offset.
+    torch.nn.init.normal_(near.fuse[-1].weight, std=1e-4)
+    once = near(embeds_ref, word) - word
+    with torch.no_grad():
+        near.fuse[-1].weight.mul_(2)
+    assert torch.allclose(near(embeds_ref, word) - word, 2 * once, rtol=1e-2, atol=1e-5)
 
 
 def test_pseudo_word_uses_the_shipped_filter(backbone, picture, monkeypatch):
@@ -154,6 +171,23 @@ def test_the_first_step_at_a_rank_sees_the_untouched_unet(backbone, picture):
         for rank in (None, 1, 64)
     ]
     assert first[1] == pytest.approx(first[0], rel=1e-4) and first[2] == pytest.approx(first[0], rel=1e-4)
+
+
+def test_where_only_float16_is_fast_gradients_are_scaled(backbone, picture, monkeypatch):
+    # As on a GPU before Ampere. An unscaled gradient of this size would be lost in float16.
+    exact = escd.customize(picture, "shape", backbone, config=quick("shape", steps=8), progress=False)
+    monkeypatch.setattr(tuning, "runs_in", lambda device: torch.float16)
+    scaled = []
+    step = torch.amp.GradScaler.step
+    monkeypatch.setattr(
+        torch.amp.GradScaler,
+        "step",
+        lambda self, optimizer: scaled.append(self.get_scale()) or step(self, optimizer),
+    )
+    coarse = escd.customize(picture, "shape", backbone, config=quick("shape", steps=8), progress=False)
+    assert len(scaled) == 8 and min(scaled) > 1
+    assert coarse.losses == pytest.approx(exact.losses, rel=0.05)
+    assert any(change.abs().sum() > 0 for change in coarse.delta.values())
 
 
 def test_interrupted_tuning_keeps_what_it_has(backbone, picture):

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 
 from .autoencoder import AutoencoderStage
-from .filters import FilterStage
 from .loop import train
 from .towers import TowerStage
 from .unet import UNetStage
 from .words import WordStage
 
-STAGES = {stage.name: stage for stage in (AutoencoderStage, WordStage, UNetStage, TowerStage, FilterStage)}
+STAGES = {stage.name: stage for stage in (AutoencoderStage, WordStage, TowerStage, UNetStage)}
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "mini"
 
 

@@ -1,4 +1,4 @@
-"""Stage 4 of pretraining: the image tower, open_clip's own vision transformer, against the locked text tower.
+"""Stage 3 of pretraining: the image tower, open_clip's own vision transformer, against the locked text tower.
 
 CLIP's loss (Radford et al. 2021) with the text tower as `words` left it ("locked-image tuning", Zhai et al.
 2022, the other way round), so that the UNet and the image tower can be trained in either order. Two auxiliary

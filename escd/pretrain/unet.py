@@ -1,8 +1,17 @@
-"""Stage 3 of pretraining: the UNet of `mini`, under the frozen text tower (Eq. 2)."""
+"""Stage 4 of pretraining: the UNet of `mini`, and with it the attribute filters, under frozen towers (Eq. 2).
+
+Captions have a word for twelve outlines and six patterns. A UNet that has read nothing else has no use for a
+pseudo-word that stands for a thirteenth, however well a filter describes it. So part of every step is
+cross-image pairs: a filter reads a reference that shares only its shape (or only its appearance) with the
+picture to be denoised, its pseudo-word stands in the caption, and UNet and filters learn from the one error,
+as E4T's encoder and weight offsets do (Gal et al. 2023). A large text-to-image model has read enough captions
+to do without.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,24 +19,39 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torchvision.utils import save_image
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
-from ..backbone import target_of
-from ..world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, World, draw_caption
+from ..backbone import Backbone, ImageTower, target_of
+from ..customization import ATTRIBUTES
+from ..encoder import extract_features
+from ..fusion import AttributeFilter
+from ..measure import canonical
+from ..world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Batch, World, captions_of, draw_caption
 from .loop import LoopConfig
-from .towers import WIDTH, load_text_tower, read_captions
+from .towers import WIDTH, load_text_tower
 
 CAPTION_DROPOUT = 0.1
 # Encoding a picture costs a fifth of a training step on the CPU; each latent is used about this many times,
 # with new noise, a new timestep and a new caption.
 REUSE = {"cpu": 4, "cuda": 1, "mps": 2}
-BANK = 24_576
+BANK, BEGUN = 8_192, 512  # pictures kept for that, and painted before the first step; multiples of QUARTET
 # Share of the pictures whose shape, and whose appearance, has a name: only these teach the prompt's words.
 # The rest keeps the UNet able to draw what has no name, which is what a person brings. Twelve outlines are
 # soon known by name; the patterns come last.
-NAMED_SHAPES, NAMED_APPEARANCES = 0.45, 0.75
+NAMED_SHAPES, NAMED_APPEARANCES = 0.3, 0.65
+# Pictures are painted by fours, two shapes in two appearances: each has a partner that shares only its shape
+# (its number in the four with the second bit turned) and one that shares only its appearance (the first).
+QUARTET, SAME_SHAPE, SAME_APPEARANCE = 4, 2, 1
+# Share of a step's pictures under a caption with "*m", with "*a", and with both; the rest has plain captions.
+WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH = 0.3125, 0.1875, 0.125
+# The pseudo-word of a shape must also tell the reference's outline, on a grid of this many cells each way,
+# through one linear layer that is thrown away, of so many references a step: the filter so learns what to say
+# before the UNet has learnt to read it.
+OUTLINE, TOLD = 24, 192
 # Of the log of noise over signal at which the UNet trains.
 NOISE_MEAN, NOISE_SPREAD = -0.4, 1.2
+# Under "*m" the mean is higher by this: the outline is settled where there is much noise.
+NOISIER = 0.8
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -69,7 +93,7 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-def draw_noise_levels(scheduler: DDIMScheduler, count: int) -> Tensor:
+def draw_noise_levels(scheduler: DDIMScheduler, count: int, mean: float = NOISE_MEAN) -> Tensor:
     """Time steps (count,) whose log of noise over signal is normal, spread evenly over one batch.
 
     SD's schedule, drawn uniformly, spends half of its steps below a signal-to-noise ratio of 0.3, where there
@@ -80,7 +104,7 @@ def draw_noise_levels(scheduler: DDIMScheduler, count: int) -> Tensor:
     alpha = scheduler.alphas_cumprod.double()
     level = ((1 - alpha) / alpha.clamp(min=1e-9)).log() / 2
     share = (torch.arange(count) + torch.rand(1)) / count
-    normal = NOISE_MEAN + NOISE_SPREAD * torch.special.ndtri(share.double().clamp(1e-4, 1 - 1e-4))
+    normal = mean + NOISE_SPREAD * torch.special.ndtri(share.double().clamp(1e-4, 1 - 1e-4))
     drawn = torch.searchsorted(level, normal).clamp(max=len(level) - 1)
     uniform = torch.randint(0, len(level), (count,))
     t = torch.where(torch.rand(count) < 0.1, uniform, drawn)
@@ -96,19 +120,73 @@ def denoising_error(
     return (predicted - target_of(scheduler, x_0, noise, t)).square().mean((1, 2, 3))
 
 
-class DiffusionLoss(nn.Module):
-    """Eq. 2 over pictures and captions."""
+@dataclass
+class Pairs:
+    """One step: latents (N, C, h, w) and prompts, of which the last read pseudo-words.
 
-    def __init__(self) -> None:
+    In this order: `shape` rows "*m", `appearance` rows "*a", `both` rows the two.
+
+    shape_from, appearance_from: embeds_ref (rows that hold the token, W) of the references. outline_from,
+    outline: embeds_ref (TOLD, W) of more references, and what is to be told of them, (TOLD, OUTLINE**2).
+    """
+
+    x_0: Tensor
+    prompts: list[str]
+    shape: int
+    appearance: int
+    both: int
+    shape_from: Tensor
+    appearance_from: Tensor
+    outline_from: Tensor
+    outline: Tensor
+
+
+class DiffusionLoss(nn.Module):
+    """Eq. 2 over pictures and captions, some of which hold the pseudo-words of Eq. 5."""
+
+    def __init__(self, backbone: Callable[[UNet2DConditionModel], Backbone]) -> None:
         super().__init__()
         self.unet = make_unet()
         self.scheduler = make_scheduler()
+        frozen = backbone(self.unet)
+        self.filters = nn.ModuleDict({name: AttributeFilter.for_backbone(frozen) for name in ATTRIBUTES})
+        frozen.filters = dict(self.filters)
+        self.tell = nn.Linear(WIDTH, OUTLINE**2)
+        self.__dict__["backbone"] = frozen  # no part of this module's state
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        x_0, text = batch
-        t = draw_noise_levels(self.scheduler, len(x_0)).to(x_0.device)
-        error = denoising_error(lambda x_t, t: self.unet(x_t, t, text).sample, self.scheduler, x_0, t)
-        return error.mean(), {}
+    def forward(self, step: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        text, told = self.read(step), self.told(step)
+        plain = len(step.x_0) - step.shape - step.appearance - step.both
+        # a number of rows to each mean
+        means = ((plain, 0.0), (step.shape, NOISIER), (step.appearance, 0.0), (step.both, NOISIER))
+        t = torch.cat([draw_noise_levels(self.scheduler, n, NOISE_MEAN + more) for n, more in means])
+        t = t.to(step.x_0.device)
+        error = denoising_error(lambda x_t, t: self.unet(x_t, t, text).sample, self.scheduler, step.x_0, t)
+        names = ("plain", "shape", "appearance", "both")
+        parts = error.split([plain, step.shape, step.appearance, step.both])
+        logs = {name: part.mean() for name, part in zip(names, parts, strict=True)}
+        return error.mean() + told, logs | {"outline": told}
+
+    def told(self, step: Pairs) -> Tensor:
+        """How badly a shape's pseudo-word tells the outline: a mean square."""
+        word = self.backbone.word_embedding("shape")
+        m = self.filters["shape"](step.outline_from, word)
+        return F.mse_loss(self.tell((m - word) / word.norm()).float(), step.outline)
+
+    def read(self, step: Pairs) -> Tensor:
+        """Text conditioning (N, L, D) of a step's prompts."""
+        backbone = self.backbone
+        words = {name: backbone.word_embedding(a.word) for name, a in ATTRIBUTES.items()}
+        m = self.filters["shape"](step.shape_from, words["shape"]).float()
+        a = self.filters["appearance"](step.appearance_from, words["appearance"]).float()
+        pseudo_words = {
+            "*m": torch.cat([m[: step.shape], m.new_zeros(step.appearance, WIDTH), m[step.shape :]]),
+            "*a": torch.cat([a.new_zeros(step.shape, WIDTH), a]),
+        }
+        plain = len(step.prompts) - step.shape - step.appearance - step.both
+        with torch.no_grad():
+            text = backbone.encode_prompt(step.prompts[:plain])
+        return torch.cat([text, backbone.encode_prompt(step.prompts[plain:], pseudo_words)]).float()
 
 
 class UNetStage:
@@ -118,99 +196,215 @@ class UNetStage:
     )
 
     def __init__(self, device: torch.device, folder: Path) -> None:
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        self.vae = vae.to(device).eval().requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        self.text = load_text_tower(folder, device)
+        self.device = device
         torch.manual_seed(13)
-        self.module = DiffusionLoss()
+        self.module = DiffusionLoss(lambda unet: self._frozen(folder, unet))
+        self.backbone = self.module.backbone
         self.heavy = [self.module.unet]
         self.world = World(
             seed=13, named_shapes=NAMED_SHAPES, named_appearances=NAMED_APPEARANCES, device=device
         )
-        self.device = device
         self.reuse = REUSE[device.type]
-        self.latents: list[Tensor] = []
-        self.captions: list[list[str]] = []
         self.generator = torch.Generator().manual_seed(13)
-        unseen = World(seed=9013, device=device)
-        b = unseen.batch(range(512))
+        # The ring of pictures: what of them is used again, row by row.
+        self.latents = torch.empty(BANK, 4, 16, 16, device=device)
+        self.outlines = torch.empty(BANK, OUTLINE**2, device=device)
+        self.features = torch.empty(0)
+        self.captions: list[tuple[list[str], ...]] = [()] * BANK
+        self.painted = 0
+        self.unseen = World(seed=9013, device=device)
+        b = self.unseen.batch(range(512))
         self.fixed = (self._encode(b.image), [c[0] for c in b.captions])
 
+    def _frozen(self, folder: Path, unet: UNet2DConditionModel) -> Backbone:
+        """The backbone around a UNet in training: everything else of it is frozen."""
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        tower = ImageTower.from_pretrained(folder / "image_tower", torch_dtype=torch.float32)
+        return Backbone(
+            vae=vae.to(self.device).eval().requires_grad_(False),
+            text_encoder=load_text_tower(folder, self.device),
+            tokenizer=CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
+            unet=unet.to(self.device),
+            scheduler=make_scheduler(),
+            image_tower=tower.to(self.device).eval().requires_grad_(False),
+        )
+
     def _encode(self, images: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
+            return self.backbone.encode_images(images).float()
+
+    def _features(self, images: Tensor, x_0: Tensor, seed: int) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16):
-            latents = self.vae.encode(images).latent_dist.mode()
-        return latents.float() * self.vae.config.scaling_factor
+            return extract_features(self.backbone, images, seed=seed, x_0=x_0).float()
 
     def load(self, folder: Path) -> None:
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         self.module.unet.load_state_dict(unet.state_dict())
+        for name, learnt in self.module.filters.items():
+            if (folder / "filters" / name).is_dir():
+                trained = AttributeFilter.from_pretrained(
+                    folder / "filters" / name, torch_dtype=torch.float32
+                )
+                learnt.load_state_dict(trained.state_dict())
 
-    def _text(self, captions: list[str]) -> Tensor:
-        return read_captions(self.tokenizer, self.text, captions)
+    def _quartets(self, world: World, index: Tensor) -> Batch:
+        """The pictures with these numbers, by fours: two shapes in two appearances, all else each its own."""
+        four, k = index[::QUARTET].repeat_interleave(QUARTET), torch.arange(len(index)) % QUARTET
+        return world.batch(index, shape=four + (k & SAME_APPEARANCE), appearance=four + (k & SAME_SHAPE))
 
-    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        fresh = count if len(self.latents) < 4 * count else max(1, count // self.reuse)
-        index = torch.arange(first, first + fresh)
-        b = self.world.batch(index)
-        self.latents += list(self._encode(b.image))
-        self.captions += b.captions
-        self.latents, self.captions = self.latents[-BANK:], self.captions[-BANK:]
-        new = list(range(len(self.latents) - fresh, len(self.latents)))
-        old = torch.randint(0, len(self.latents), (count - fresh,), generator=self.generator).tolist()
-        u = torch.rand(count, 2, generator=self.generator).tolist()
-        captions = [
-            "" if drop < CAPTION_DROPOUT else draw_caption(self.captions[k], pick)
-            for k, (drop, pick) in zip(new + old, u, strict=True)
+    def _paint(self, index: Tensor) -> None:
+        b = self._quartets(self.world, index)
+        x_0 = self._encode(b.image)
+        features = self._features(b.image, x_0, int(index[0]))
+        if not len(self.features):
+            self.features = torch.empty(BANK, features.shape[1], dtype=torch.half, device=self.device)
+            for learnt in self.module.filters.values():
+                if (learnt.deviation == 1).all():  # never told
+                    learnt.standardise(features)
+        rows = (self.painted + torch.arange(len(index))) % BANK
+        self.latents[rows], self.features[rows] = x_0, features.half()
+        self.outlines[rows] = outlines(b.mask)
+        for row, captions in zip(rows.tolist(), pair_captions(b), strict=True):
+            self.captions[row] = captions
+        self.painted += len(index)
+
+    def batch(self, first: int, count: int) -> Pairs:
+        # The first pictures also set what the filters take for the mean and the deviation of a feature.
+        fresh = max(QUARTET, count // self.reuse // QUARTET * QUARTET) if self.painted else BEGUN
+        self._paint(torch.arange(first, first + fresh, device=self.device))
+        new = (self.painted - fresh + torch.arange(min(fresh, count))) % BANK
+        old = torch.randint(0, min(self.painted, BANK), (count - len(new),), generator=self.generator)
+        rows = torch.cat([new, old])[torch.randperm(count, generator=self.generator)]
+        return self._step(rows, torch.rand(count, 2, generator=self.generator).tolist())
+
+    def _step(self, rows: Tensor, u: list[list[float]]) -> Pairs:
+        count = len(rows)
+        shape, appearance, both = (
+            max(1, round(count * share)) for share in (WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH)
+        )
+        plain = count - shape - appearance - both
+        kinds = [0] * plain + [1] * shape + [2] * appearance + [3] * both
+        prompts = [
+            "" if not kind and drop < CAPTION_DROPOUT else draw_caption(self.captions[row][kind], pick)
+            for row, kind, (drop, pick) in zip(rows.tolist(), kinds, u, strict=True)
         ]
-        return torch.stack([self.latents[k] for k in new + old]), self._text(captions)
+        m = torch.cat([rows[plain : plain + shape], rows[count - both :]])
+        a = rows[plain + shape :]
+        told = torch.randint(0, min(self.painted, BANK), (TOLD,), generator=self.generator)
+        return Pairs(
+            x_0=self.latents[rows],
+            prompts=prompts,
+            shape=shape,
+            appearance=appearance,
+            both=both,
+            shape_from=self.features[m ^ SAME_SHAPE].float(),
+            appearance_from=self.features[a ^ SAME_APPEARANCE].float(),
+            outline_from=self.features[told].float(),
+            outline=self.outlines[told],
+        )
 
     def evaluate(self) -> dict[str, float]:
-        """The mean squared error on fixed pictures, noise and timesteps: comparable along the run."""
+        """The mean squared error on fixed pictures, noise and timesteps: comparable along the run.
+
+        `mse`, `mse_noisy`: under plain captions, over all timesteps and over the noisier half; `shape`,
+        `appearance`: under captions whose pseudo-word the filter read off another picture.
+        """
         x_0, captions = self.fixed
+        error = self._errors(x_0, self.backbone.encode_prompt(captions))
+        noisy = error[len(error) // 2 :]
+        scores = {"mse": float(error.mean()), "mse_noisy": float(noisy.mean())}
+        b = self._quartets(self.unseen, torch.arange(1 << 20, (1 << 20) + 256, device=self.device))
+        x_0 = self._encode(b.image)
+        read = self._features(b.image, x_0, 0)
+        rows, said = torch.arange(len(x_0)), pair_captions(b)
+        for kind, (name, turned) in enumerate((("shape", SAME_SHAPE), ("appearance", SAME_APPEARANCE)), 1):
+            attribute = ATTRIBUTES[name]
+            v = self.module.filters[name](read[rows ^ turned], self.backbone.word_embedding(attribute.word))
+            prompts = [captions[kind][0] for captions in said]
+            scores[name] = float(
+                self._errors(x_0, self.backbone.encode_prompt(prompts, {attribute.token: v.float()})).mean()
+            )
+        return {name: round(score, 5) for name, score in scores.items()}
+
+    def _errors(self, x_0: Tensor, text: Tensor) -> Tensor:
+        """Squared error (N,) of fixed noise at timesteps spread evenly over the schedule."""
         scheduler = self.module.scheduler
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)
         t = torch.linspace(0, 999, len(x_0)).round().long().to(x_0.device)
         x_t, target = scheduler.add_noise(x_0, noise, t), target_of(scheduler, x_0, noise, t)
         # forward: a compiled UNet would be compiled again for this batch
-        error = [
-            F.mse_loss(
-                self.module.unet.forward(x_t[k], t[k], self._text([captions[i] for i in k.tolist()])).sample,
-                target[k],
-            ).item()
-            for k in torch.arange(len(x_0)).split(64)
+        predicted = [
+            self.module.unet.forward(x_t[k], t[k], text[k]).sample for k in torch.arange(len(x_0)).split(64)
         ]
-        noisy = error[len(error) // 2 :]
-        return {"mse": round(sum(error) / len(error), 5), "mse_noisy": round(sum(noisy) / len(noisy), 5)}
+        return (torch.cat(predicted).float() - target).square().mean((1, 2, 3))
 
-    def sample(
-        self, prompts: list[str], *, steps: int = 25, guidance_scale: float = 4.0, seed: int = 0
-    ) -> Tensor:
-        """Images (N, 3, 64, 64) in [-1, 1]: plain DDIM with classifier-free guidance."""
+    def sample(self, text: Tensor, *, steps: int = 15, guidance_scale: float = 4.0, seed: int = 0) -> Tensor:
+        """Images (N, 3, 64, 64) in [-1, 1] under text (N, L, D): plain DDIM with classifier-free guidance."""
         scheduler = make_scheduler()
         scheduler.set_timesteps(steps)
-        x = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(seed)).to(
-            self.device
-        )
-        text = self._text(prompts + [""] * len(prompts))
+        x = torch.randn(len(text), 4, 16, 16, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        text = torch.cat([text, self.backbone.encode_prompt([""]).expand(len(text), -1, -1)])
         for t in scheduler.timesteps:
             conditional, unconditional = self.module.unet.forward(torch.cat([x, x]), t, text).sample.chunk(2)
             x = scheduler.step(
                 unconditional + guidance_scale * (conditional - unconditional), t, x
             ).prev_sample
-        return self.vae.decode(x / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+        return self.backbone.decode_latents(x)
 
     def grid(self, path: Path) -> None:
+        """A row of prompts with names, a row of references, one of their shapes and one of
+        their appearances, at zero steps."""
         prompts = [
             f"a {SHAPES[k % 12]} shape with {PATTERNS[k % 6]} {COLOURS[k % 8]}"
             f"{'' if k % 6 == 0 else ' and ' + COLOURS[(k + 3) % 8]} appearance "
-            f"on a {BACKGROUNDS[k // 12 % 4]} background"
-            for k in range(48)
+            f"on a {BACKGROUNDS[k % 4]} background"
+            for k in range(12)
         ]
-        save_image(self.sample(prompts) * 0.5 + 0.5, path, nrow=12)
+        images = [self.sample(self.backbone.encode_prompt(prompts))]
+        references = World(seed=9014, named_shapes=0.0, named_appearances=0.0, device=self.device)
+        image = references.batch(range(12)).image
+        read = self._features(image, self._encode(image), 0)
+        asked = {
+            "shape": [
+                f"a *m shape with solid {COLOURS[k % 8]} appearance on a pink background" for k in range(12)
+            ],
+            "appearance": [f"a {SHAPES[k]} shape with *a appearance on a gray background" for k in range(12)],
+        }
+        images += [image]
+        for name, attribute in ATTRIBUTES.items():
+            v = self.module.filters[name](read, self.backbone.word_embedding(attribute.word)).float()
+            images += [self.sample(self.backbone.encode_prompt(asked[name], {attribute.token: v}))]
+        save_image(torch.cat(images) * 0.5 + 0.5, path, nrow=12)
 
     def export(self, folder: Path) -> None:
         unet = make_unet()
         unet.load_state_dict(self.module.unet.state_dict())
         unet.half().save_pretrained(folder / "unet")
         make_scheduler().save_pretrained(folder / "scheduler")
+        for name, learnt in self.module.filters.items():
+            copy = AttributeFilter(**{k: v for k, v in learnt.config.items() if not k.startswith("_")})
+            copy.load_state_dict(learnt.state_dict())
+            copy.half().save_pretrained(folder / "filters" / name)
+
+
+def outlines(masks: Tensor) -> Tensor:
+    """Silhouettes (N, 1, S, S) centred and at one size, as a grid of coverage (N, OUTLINE**2)."""
+    return F.adaptive_avg_pool2d(canonical(masks[:, 0])[:, None], OUTLINE).flatten(1)
+
+
+def pair_captions(b: Batch) -> list[tuple[list[str], ...]]:
+    """Four lists of captions for each picture: plain, with "*m", with "*a", with both."""
+    every = []
+    for shape, look, ground, plain in zip(
+        b.shape_family, b.appearance_family, b.background_family, b.captions, strict=True
+    ):
+        named = look if look in PATTERNS else None
+        colours = [w for w in plain[0].split() if w in COLOURS] if named else []
+        word = shape if shape in SHAPES else "shape"
+        every.append((
+            plain,
+            captions_of("*m", named, colours, ground, "shape"),
+            [c for c in captions_of(word, "*a", [], ground, "shape") if "*a" in c],
+            [c for c in captions_of("*m", "*a", [], ground, "shape") if "*a" in c],
+        ))  # fmt: skip
+    return every
