@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from . import records
 from .backbone import MODELS, Backbone, load_backbone
+from .fusion import AttributeFilter
 from .judges import WEIGHTS
 from .pretrain.loop import RUNS
 from .references import load_references
@@ -50,7 +51,8 @@ class CurveConfig:
 def score_checkpoint(config: CurveConfig, folder: Path) -> dict[str, Any]:
     """Obedience, and transfer and leakage of each attribute in its own half, of the UNet in `folder`.
 
-    The pseudo-words start from the plain words: the shipped filters read another UNet's features.
+    The pseudo-words start from the checkpoint's own filters, where it has any, else from the plain words: the
+    shipped filters read another UNet's features.
     """
     study = Study(backbones={config.backbone: _backbone(config.backbone, folder)})
     same = {name: getattr(config, name) for name in ("backbone", "seed", "sampler_steps", "guidance_scale")}
@@ -75,7 +77,10 @@ def _backbone(name: str, folder: Path) -> Backbone:
     backbone = load_backbone(name)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
     backbone.unet.load_state_dict(unet.state_dict())
-    backbone.filters = {}
+    backbone.filters = {
+        path.name: AttributeFilter.from_pretrained(path, torch_dtype=torch.float32).eval()
+        for path in sorted((folder / "filters").glob("*"))
+    }
     return backbone
 
 

@@ -190,7 +190,7 @@ def _best_iou(a: Tensor, b: Tensor, paired: bool, refined: Sequence[int] = REFIN
 
 
 def canonical(masks: Tensor) -> Tensor:
-    """Silhouettes (N, H, W) as they are compared, but not turned: (N, CANVAS, CANVAS), centred, of one area."""
+    """Silhouettes (N, H, W) as they are compared, not turned: (N, CANVAS, CANVAS), centred, of one area."""
     return _canonical(masks.float(), 0.0).view(-1, CANVAS, CANVAS)
 
 
