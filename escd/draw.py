@@ -527,8 +527,12 @@ def training_scores() -> Drawing:
     axes.grid(True, axis="y")
     axes.legend()
     hours = axes.secondary_xaxis("top")
-    seconds = [record.metrics["trained_seconds"] for record in found]
-    hours.set_xticks(seen[::2], ["" if s is None else f"{s / 3600:.1f} h" for s in seconds[::2]])
+    told: dict[float, str] = {}  # where no other label is near
+    for at, record in zip(seen, found, strict=True):
+        seconds = record.metrics["trained_seconds"]
+        if seconds is not None and all(at - other > (seen[-1] - seen[0]) / 9 for other in told):
+            told[at] = f"{seconds / 3600:.1f} h"
+    hours.set_xticks(list(told), list(told.values()))
     return drawing.made_from(found)
 
 
