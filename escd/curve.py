@@ -129,6 +129,8 @@ def main(argv: list[str] | None = None) -> None:
             lambda config, folder=folder: score_checkpoint(config, folder),
             inputs={
                 "UNet": records.sha256(folder / "unet"),
+                # read only where something is tuned
+                **({"filters": records.sha256(folder / "filters")} if arguments.references else {}),
                 "judges": judges,
                 "references development": load_references(which="development").sha256,
             },

@@ -376,6 +376,7 @@ def diagram_filter() -> Drawing:
     canvas.arrow((1.695, middle), (1.86, middle))
     hidden = 2 * sizes.hidden
     layers = "\n".join(f"linear {length}" for length in (hidden, hidden, sizes.word_width))
+    layers += f"\nup to {sizes.reach:g}$|e|$"
     canvas.box((2.20, middle), 0.68, 0.62, layers, size=6)
     canvas.arrow((2.54, middle), (2.745, middle))
     canvas.sum((2.82, middle))

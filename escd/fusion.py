@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .backbone import Backbone
     from .customization import Attribute
 
-
-REACH = 4.0  # lengths of the word's embedding
+# How far from its word a pseudo-word may lie, in lengths of the word's embedding.
+REACH = 4.0
 
 
 class AttributeFilter(ModelMixin, ConfigMixin):

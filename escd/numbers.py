@@ -30,6 +30,7 @@ from .records import Record
 from .references import Reference, load_references
 from .study import (
     AutoencoderConfig,
+    CompositionConfig,
     RankConfig,
     Row,
     Study,
@@ -203,6 +204,23 @@ def contrast(attribute: str, one: str, other: str, which: str = "evaluation") ->
     }
 
 
+def composed(one: str = "ours", other: str = "reversed", which: str = "evaluation") -> Interval:
+    """How much more of the pictures have both attributes right under arm `one` than under arm `other`.
+
+    Picture by picture, with the 95 % interval over pairs of references.
+    """
+    by_arm: dict[str, dict[str, list[bool]]] = {one: {}, other: {}}
+    for record in results(which).used:
+        if record.kind == "composition":
+            config, got = records.config_of(record, CompositionConfig), record.metrics
+            if config.arm in by_arm:
+                both = zip(got["silhouette"], got["material"], strict=True)
+                by_arm[config.arm][f"{config.shape} {config.appearance}"] = [bool(s and m) for s, m in both]
+    pairs = sorted(by_arm[one])
+    first, second = ([right for pair in pairs for right in by_arm[arm][pair]] for arm in (one, other))
+    return paired_bootstrap(first, second, groups=[pair for pair in pairs for _ in by_arm[one][pair]])
+
+
 def experiments(attribute: str, which: str = "development") -> list[tuple[TuningConfig, int, Row]]:
     """What was tried on a list's references: each way of tuning, on how many references, and its scores."""
     runs: dict[TuningConfig, list[Record]] = defaultdict(list)
@@ -364,6 +382,10 @@ def numbers() -> dict[str, str]:
         values |= {
             f"composition.{arm}.{k}": _percent(row.transfer[k]) for k in ("silhouette", "material", "both")
         }
+    if "composition" in found.rows:
+        gain = composed()
+        ends = {"": gain.mean, "_low": gain.low, "_high": gain.high}
+        values |= {f"composition.gain{end}": _signed(value) for end, value in ends.items()}
     one = next(record for record in found.used if record.kind == "study")
     values |= {
         "study.references": str(found.references),

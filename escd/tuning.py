@@ -49,7 +49,7 @@ RATES = {
     "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
 }
 STEPS = {"shape": 350, "appearance": 40}
-# The pseudo-word's rate. An outline needs the weights: a word that moves much costs colours and backgrounds.
+# The pseudo-word's rate. An outline needs the weights; with a faster word fewer were retrieved (notebook 3).
 WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
 # Factors of a change start with one of the two at zero, and move the weights less for the same step.
 LOW_RANK_RATE = 5.0
@@ -519,7 +519,7 @@ def _readable(backbone: Backbone, token: str, said: Sequence[str], plain: Sequen
 def runs_in(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the processor has it, float16 on older GPUs, else None: the backbone's own."""
     if device.type == "cuda":
-        # Before Ampere bfloat16 is emulated (a T4), slower than float32.
+        # Before Ampere (a T4) bfloat16 is only emulated.
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     has = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if has else None

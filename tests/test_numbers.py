@@ -149,6 +149,14 @@ def test_a_contrast_is_between_the_same_pictures(stored):
     assert found["transfer"].low < found["transfer"].mean < found["transfer"].high
 
 
+def test_what_composition_gains_is_between_the_same_pictures(stored):
+    same, rows = numbers.composed("ours", "ours"), numbers.results().rows["composition"]
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+    gain = numbers.composed()
+    assert gain.mean == pytest.approx(rows["ours"].transfer["both"] - rows["reversed"].transfer["both"])
+    assert gain.low <= gain.mean <= gain.high
+
+
 def test_experiments_are_told_apart_by_their_tuning(stored):
     reference = load_references(which="development")[0].id
     base = StudyConfig("shape", reference, "floor", list="development")

@@ -147,7 +147,7 @@ def test_every_picture_has_a_partner_of_its_shape_alone_and_one_of_its_appearanc
 
 def test_a_step_shows_a_filter_what_the_picture_shares_and_nothing_of_the_picture(unet_stage):
     step = unet_stage.batch(1 << 30, 32)
-    plain = 32 - step.shape - step.appearance - step.both
+    plain = step.plain
     kinds = [("*m" in p.split(), "*a" in p.split()) for p in step.prompts]
     assert kinds == (
         [(False, False)] * plain

@@ -174,7 +174,7 @@ def test_the_first_step_at_a_rank_sees_the_untouched_unet(backbone, picture):
 
 
 def test_where_only_float16_is_fast_gradients_are_scaled(backbone, picture, monkeypatch):
-    # As on a GPU before Ampere. An unscaled gradient of this size would be lost in float16.
+    # As on a GPU before Ampere.
     exact = escd.customize(picture, "shape", backbone, config=quick("shape", steps=8), progress=False)
     monkeypatch.setattr(tuning, "runs_in", lambda device: torch.float16)
     scaled = []

@@ -121,7 +121,7 @@ def denoising_error(
 
 
 @dataclass
-class Pairs:
+class Step:
     """One step: latents (N, C, h, w) and prompts, of which the last read pseudo-words.
 
     In this order: `shape` rows "*m", `appearance` rows "*a", `both` rows the two.
@@ -140,6 +140,11 @@ class Pairs:
     outline_from: Tensor
     outline: Tensor
 
+    @property
+    def plain(self) -> int:
+        """Rows without a pseudo-word: the first."""
+        return len(self.prompts) - self.shape - self.appearance - self.both
+
 
 class DiffusionLoss(nn.Module):
     """Eq. 2 over pictures and captions, some of which hold the pseudo-words of Eq. 5."""
@@ -154,26 +159,25 @@ class DiffusionLoss(nn.Module):
         self.tell = nn.Linear(WIDTH, OUTLINE**2)
         self.__dict__["backbone"] = frozen  # no part of this module's state
 
-    def forward(self, step: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         text, told = self.read(step), self.told(step)
-        plain = len(step.x_0) - step.shape - step.appearance - step.both
         # a number of rows to each mean
-        means = ((plain, 0.0), (step.shape, NOISIER), (step.appearance, 0.0), (step.both, NOISIER))
+        means = ((step.plain, 0.0), (step.shape, NOISIER), (step.appearance, 0.0), (step.both, NOISIER))
         t = torch.cat([draw_noise_levels(self.scheduler, n, NOISE_MEAN + more) for n, more in means])
         t = t.to(step.x_0.device)
         error = denoising_error(lambda x_t, t: self.unet(x_t, t, text).sample, self.scheduler, step.x_0, t)
         names = ("plain", "shape", "appearance", "both")
-        parts = error.split([plain, step.shape, step.appearance, step.both])
+        parts = error.split([step.plain, step.shape, step.appearance, step.both])
         logs = {name: part.mean() for name, part in zip(names, parts, strict=True)}
         return error.mean() + told, logs | {"outline": told}
 
-    def told(self, step: Pairs) -> Tensor:
+    def told(self, step: Step) -> Tensor:
         """How badly a shape's pseudo-word tells the outline: a mean square."""
         word = self.backbone.word_embedding("shape")
         m = self.filters["shape"](step.outline_from, word)
         return F.mse_loss(self.tell((m - word) / word.norm()).float(), step.outline)
 
-    def read(self, step: Pairs) -> Tensor:
+    def read(self, step: Step) -> Tensor:
         """Text conditioning (N, L, D) of a step's prompts."""
         backbone = self.backbone
         words = {name: backbone.word_embedding(a.word) for name, a in ATTRIBUTES.items()}
@@ -183,10 +187,9 @@ class DiffusionLoss(nn.Module):
             "*m": torch.cat([m[: step.shape], m.new_zeros(step.appearance, WIDTH), m[step.shape :]]),
             "*a": torch.cat([a.new_zeros(step.shape, WIDTH), a]),
         }
-        plain = len(step.prompts) - step.shape - step.appearance - step.both
         with torch.no_grad():
-            text = backbone.encode_prompt(step.prompts[:plain])
-        return torch.cat([text, backbone.encode_prompt(step.prompts[plain:], pseudo_words)]).float()
+            text = backbone.encode_prompt(step.prompts[: step.plain])
+        return torch.cat([text, backbone.encode_prompt(step.prompts[step.plain :], pseudo_words)]).float()
 
 
 class UNetStage:
@@ -241,15 +244,15 @@ class UNetStage:
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         self.module.unet.load_state_dict(unet.state_dict())
         for name, learnt in self.module.filters.items():
-            if (folder / "filters" / name).is_dir():
-                trained = AttributeFilter.from_pretrained(
-                    folder / "filters" / name, torch_dtype=torch.float32
-                )
-                learnt.load_state_dict(trained.state_dict())
+            trained = AttributeFilter.from_pretrained(folder / "filters" / name, torch_dtype=torch.float32)
+            learnt.load_state_dict(trained.state_dict())
 
     def _quartets(self, world: World, index: Tensor) -> Batch:
         """The pictures with these numbers, by fours: two shapes in two appearances, all else each its own."""
-        four, k = index[::QUARTET].repeat_interleave(QUARTET), torch.arange(len(index)) % QUARTET
+        four, k = (
+            index[::QUARTET].repeat_interleave(QUARTET),
+            torch.arange(len(index), device=index.device) % QUARTET,
+        )
         return world.batch(index, shape=four + (k & SAME_APPEARANCE), appearance=four + (k & SAME_SHAPE))
 
     def _paint(self, index: Tensor) -> None:
@@ -268,7 +271,7 @@ class UNetStage:
             self.captions[row] = captions
         self.painted += len(index)
 
-    def batch(self, first: int, count: int) -> Pairs:
+    def batch(self, first: int, count: int) -> Step:
         # The first pictures also set what the filters take for the mean and the deviation of a feature.
         fresh = max(QUARTET, count // self.reuse // QUARTET * QUARTET) if self.painted else BEGUN
         self._paint(torch.arange(first, first + fresh, device=self.device))
@@ -277,7 +280,7 @@ class UNetStage:
         rows = torch.cat([new, old])[torch.randperm(count, generator=self.generator)]
         return self._step(rows, torch.rand(count, 2, generator=self.generator).tolist())
 
-    def _step(self, rows: Tensor, u: list[list[float]]) -> Pairs:
+    def _step(self, rows: Tensor, u: list[list[float]]) -> Step:
         count = len(rows)
         shape, appearance, both = (
             max(1, round(count * share)) for share in (WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH)
@@ -291,7 +294,7 @@ class UNetStage:
         m = torch.cat([rows[plain : plain + shape], rows[count - both :]])
         a = rows[plain + shape :]
         told = torch.randint(0, min(self.painted, BANK), (TOLD,), generator=self.generator)
-        return Pairs(
+        return Step(
             x_0=self.latents[rows],
             prompts=prompts,
             shape=shape,
@@ -338,22 +341,22 @@ class UNetStage:
         ]
         return (torch.cat(predicted).float() - target).square().mean((1, 2, 3))
 
-    def sample(self, text: Tensor, *, steps: int = 15, guidance_scale: float = 4.0, seed: int = 0) -> Tensor:
-        """Images (N, 3, 64, 64) in [-1, 1] under text (N, L, D): plain DDIM with classifier-free guidance."""
+    def sample(self, text: Tensor) -> Tensor:
+        """Images (N, 3, 64, 64) in [-1, 1] under text (N, L, D): 15 steps of DDIM, guidance 4, seed 0.
+
+        Not by `ESCDPipeline`, which would compile a compiled UNet again for another batch.
+        """
         scheduler = make_scheduler()
-        scheduler.set_timesteps(steps)
-        x = torch.randn(len(text), 4, 16, 16, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        scheduler.set_timesteps(15)
+        x = torch.randn(len(text), 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(self.device)
         text = torch.cat([text, self.backbone.encode_prompt([""]).expand(len(text), -1, -1)])
         for t in scheduler.timesteps:
             conditional, unconditional = self.module.unet.forward(torch.cat([x, x]), t, text).sample.chunk(2)
-            x = scheduler.step(
-                unconditional + guidance_scale * (conditional - unconditional), t, x
-            ).prev_sample
+            x = scheduler.step(unconditional + 4.0 * (conditional - unconditional), t, x).prev_sample
         return self.backbone.decode_latents(x)
 
     def grid(self, path: Path) -> None:
-        """A row of prompts with names, a row of references, one of their shapes and one of
-        their appearances, at zero steps."""
+        """Rows: prompts with names; references; their shapes and their appearances at zero steps."""
         prompts = [
             f"a {SHAPES[k % 12]} shape with {PATTERNS[k % 6]} {COLOURS[k % 8]}"
             f"{'' if k % 6 == 0 else ' and ' + COLOURS[(k + 3) % 8]} appearance "
