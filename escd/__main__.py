@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--rank", type=int, help="learn a change of this rank: a small file; default: in full")
     learn.add_argument("--seed", type=int, default=0)
     learn.add_argument(
+        "--filters", type=Path, metavar="DIR", help="attribute filters from python -m escd.pretrain filters"
+    )
+    learn.add_argument(
         "--output", type=Path, metavar="FILE", help="default: IMAGE-ATTRIBUTE.safetensors, here"
     )
     learn.set_defaults(run=_customize)
@@ -89,7 +92,7 @@ def _customize(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"no folder {output.parent} to write {output.name} to")
     given = {name: getattr(options, name) for name in ("steps", "learning_rate", "rank", "seed")}
     config = TuningConfig.of(attribute, options.part, **given)
-    backbone = load_backbone(options.backbone)
+    backbone = load_backbone(options.backbone, filters=options.filters)
     cost = tuning_cost(backbone, config)
     require_memory(cost, backbone.device)
     least = f", {time_in_words(cost)} at least" if backbone.device.type == "cpu" else ""

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,9 +37,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
+from .encoder import feature_widths
 from .fusion import AttributeFilter
 
 SNR_CEILING = 5.0
+LARGE = 100_000_000  # parameters of a UNet that nobody wants to tune on a CPU without having been told
 
 
 @dataclass(frozen=True)
@@ -391,13 +394,16 @@ class Backbone:
         *,
         dtype: torch.dtype = torch.float32,
         image_tower: ImageTower | str | Path | None = None,
+        filters: str | Path | None = None,
         name: str | None = None,
     ) -> Backbone:
         """Read a backbone from `folder`, in diffusers layout; its networks are frozen and in evaluation mode.
 
         A folder without `image_tower/` takes `image_tower`: a tower, or the safetensors file of the OpenCLIP
-        model in `OPENCLIP`, which is otherwise taken from the hub. Raises FileNotFoundError for what is
-        missing.
+        model in `OPENCLIP`, which is otherwise taken from the hub. The attribute filters are those of the
+        folder `filters`, where `python -m escd.pretrain filters` wrote them, by default those of `folder`
+        itself, if it has any. Raises FileNotFoundError for what is missing, ValueError for filters of another
+        backbone's width.
         """
         folder = Path(folder)
         _require_layout(folder)
@@ -405,10 +411,12 @@ class Backbone:
             image_tower = _load(ImageTower, folder / "image_tower", dtype)
         elif not isinstance(image_tower, ImageTower):
             image_tower = _open_clip_tower(image_tower, dtype)
-        filters = {
-            path.parent.name: _load(AttributeFilter, path.parent, dtype)
-            for path in sorted(folder.glob("filters/*/config.json"))
-        }
+        configs = sorted(Path(filters or folder).glob("filters/*/config.json"))
+        if filters is not None and not configs:
+            raise FileNotFoundError(
+                f"no attribute filters in {filters}: `python -m escd.pretrain filters` writes a folder with "
+                "filters/shape and filters/appearance"
+            )
         backbone = cls(
             vae=_load(AutoencoderKL, folder / "vae", dtype),
             text_encoder=_load_text_encoder(folder / "text_encoder", dtype),
@@ -419,9 +427,21 @@ class Backbone:
                 folder / "scheduler", local_files_only=True, clip_sample=False
             ),
             image_tower=image_tower,
-            filters=filters,
+            filters={path.parent.name: _load(AttributeFilter, path.parent, dtype) for path in configs},
             name=name or folder.resolve().name,
         )
+        for attribute, trained in backbone.filters.items():
+            read = trained.config.cls_width, trained.config.down_width, trained.config.word_width
+            there = (
+                *feature_widths(backbone, tuple(trained.config.grids)),
+                backbone.text_encoder.config.hidden_size,
+            )
+            if read != there:
+                raise ValueError(
+                    f"the {attribute} filter in {filters or folder} is of another backbone: it reads a CLS "
+                    f"token, features and a word {', '.join(map(str, read))} wide, and those of "
+                    f"{backbone.name} are {', '.join(map(str, there))}"
+                )
         for module in backbone.modules.values():
             module.eval().requires_grad_(False)
         return backbone
@@ -433,12 +453,14 @@ def load_backbone(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     image_tower: ImageTower | str | Path | None = None,
+    filters: str | Path | None = None,
 ) -> Backbone:
     """Load a backbone: "mini", "sd15", a folder in diffusers layout, or a hub id; frozen, ready to customize.
 
     `device` None takes cuda, mps or the CPU, whichever is there first; `dtype` None is float32.
-    `image_tower`: see `Backbone.from_pretrained`. Raises FileNotFoundError for a missing folder or component,
-    OSError when a hub model is neither stored on this machine nor reachable.
+    `image_tower`, `filters`: see `Backbone.from_pretrained`. Raises FileNotFoundError for a missing folder or
+    component, OSError when a hub model is neither stored on this machine nor reachable; warns of the time
+    that tuning takes where a large backbone ends up on the CPU unasked.
     """
     name = str(name_or_path)
     model = MODELS.get(name)
@@ -462,9 +484,35 @@ def load_backbone(
         folder,
         dtype=dtype or torch.float32,
         image_tower=image_tower,
+        filters=filters,
         name=name if name in MODELS or model.repository else None,
     )
-    return backbone.to(device or choose_device())
+    backbone.to(device or choose_device())
+    if device is None and backbone.device.type == "cpu" and _size(backbone.unet) >= LARGE:
+        _warn_of_the_time(backbone)
+    return backbone
+
+
+def _size(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def _warn_of_the_time(backbone: Backbone) -> None:
+    """Say what tuning an attribute of a large backbone takes without a GPU."""
+    from .cost import time_in_words, tuning_cost  # which knows what a backbone is
+    from .customization import ATTRIBUTES
+    from .tuning import TuningConfig
+
+    times = []
+    for name in ATTRIBUTES:
+        config = TuningConfig.of(name)
+        cost = tuning_cost(backbone, config)
+        times.append(f"{name} {time_in_words(cost)} ({config.steps} steps)")
+    warnings.warn(
+        f"{backbone.name} is loaded on the CPU, as no GPU was found. Learning an attribute takes at least: "
+        f'{", ".join(times)}. On a machine with a GPU it takes minutes; device="cpu" says that you know',
+        stacklevel=3,
+    )
 
 
 def target_of(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -358,7 +358,7 @@ def diagram_filter() -> Drawing:
     canvas = Canvas(COLUMN, 1.72)
     inputs = (
         (1.42, "CLS", sizes.cls_width, "standardise, linear", TOWER),
-        (0.86, "$F_{down}$", sizes.down_width, "standardise, linear\nleaky ReLU, linear", FROZEN),
+        (0.86, "$F_{down}$", sizes.down_width, "standardise, linear\nby cell; linear", FROZEN),
         (0.30, "$e(w)$", sizes.word_width, "norm, linear", TINTS[SHAPE]),
     )
     for y, name, length, layers, fill in inputs:

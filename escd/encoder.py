@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 # How noisy the reference is read: little noise keeps the outline and the texture, and still looks to the UNet
 # like something to be denoised.
 TIMESTEP = 200
-# Each feature map is averaged over the whole frame and over a 2 x 2 grid: E4T's global means forget where a
-# part of the outline lies.
-GRIDS = (1, 2)
+# Each feature map is averaged over the cells of a 4 x 4 grid: E4T's global means forget where a part of the
+# outline lies.
+GRIDS = (4,)
 
 
 def pooled(maps: list[Tensor], grids: tuple[int, ...] = GRIDS) -> Tensor:
-    """Means of every map over each grid x grid partition of the frame, side by side: (B, sum C * sum
-    grid^2)."""
-    return torch.cat([F.adaptive_avg_pool2d(h.float(), g).flatten(1) for h in maps for g in grids], 1)
+    """Means of maps (B, C, h, w) over each grid x grid partition of the frame: (B, sum grid^2 * sum C).
+
+    Cell by cell, in each the channels of all maps.
+    """
+    cells = [torch.cat([F.adaptive_avg_pool2d(h.float(), g) for h in maps], 1).flatten(2) for g in grids]
+    return torch.cat(cells, 2).transpose(1, 2).flatten(1)
 
 
 def feature_widths(backbone: Backbone, grids: tuple[int, ...] = GRIDS) -> tuple[int, int]:

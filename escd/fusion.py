@@ -24,11 +24,13 @@ class AttributeFilter(ModelMixin, ConfigMixin):
     """The shape filter and the appearance filter are two of these: one architecture, two sets of weights.
 
     cls_width, down_width: lengths of the two parts of embeds_ref; word_width: length of a word embedding;
-    hidden: width inside. ``forward(embeds_ref, word_embedding)`` gives the pseudo-word's embedding. A new
-    filter gives the word's own embedding, because its last layer starts at zero: customisation can start
-    from it anywhere. The pseudo-word lies within `reach` lengths of the word's embedding from it: unbounded,
-    a filter ends thousands of lengths away, where the text encoder's normalisation leaves nothing but a
-    direction, tuning moves nothing and a strength of one per cent is all of it.
+    hidden: width inside; grids: what F_down is averaged over (`pooled`); cell_width: what is kept of the
+    channels of one cell, by the same layer in each. ``forward(embeds_ref, word_embedding)`` gives the
+    pseudo-word's embedding. A new filter gives the word's own embedding, because its last layer starts at
+    zero: customisation can start from it anywhere. The pseudo-word lies within `reach` lengths of the word's
+    embedding from it: unbounded, a filter ends thousands of lengths away, where the text encoder's
+    normalisation leaves nothing but a direction, tuning moves nothing and a strength of one per cent is all
+    of it.
     """
 
     @register_to_config
@@ -39,6 +41,7 @@ class AttributeFilter(ModelMixin, ConfigMixin):
         word_width: int,
         hidden: int = 160,
         grids: tuple[int, ...] = GRIDS,
+        cell_width: int = 128,
         reach: float = REACH,
     ) -> None:
         super().__init__()
@@ -46,8 +49,13 @@ class AttributeFilter(ModelMixin, ConfigMixin):
         self.register_buffer("mean", torch.zeros(cls_width + down_width))
         self.register_buffer("deviation", torch.ones(cls_width + down_width))
         self.project_cls = nn.Linear(cls_width, hidden)
+        cells = sum(grid * grid for grid in grids)
         self.project_down = nn.Sequential(
-            nn.Linear(down_width, hidden), nn.LeakyReLU(), nn.Linear(hidden, hidden)
+            nn.Unflatten(1, (cells, down_width // cells)),
+            nn.Linear(down_width // cells, cell_width),
+            nn.LeakyReLU(),
+            nn.Flatten(),
+            nn.Linear(cells * cell_width, hidden),
         )
         self.project_word = nn.Sequential(nn.LayerNorm(word_width), nn.Linear(word_width, hidden))
         self.fuse = nn.Sequential(
@@ -93,7 +101,8 @@ class AttributeFilter(ModelMixin, ConfigMixin):
             [self.project_cls(cls), self.project_down(down), self.project_word(word)], -1
         )  # (B, 3H)
         offset = self.fuse(merged)
-        offset = offset / (1 + offset.square().sum(-1, keepdim=True)).sqrt()  # shorter than 1
+        # Shorter than 1. Scaled by its width it is slow to come near that, where no more would be learnt.
+        offset = offset / (1 + offset.square().mean(-1, keepdim=True)).sqrt() / offset.shape[-1] ** 0.5
         # Eq. 5: v = e + f([embeds_ref; e])
         return word + self.config.reach * word.norm(dim=-1, keepdim=True) * offset
 

@@ -63,6 +63,7 @@ PATTERN_LIKE = (
 HIDDEN = 0.2  # largest share of the object that may have the background's colour,
 HIDDEN_WITHIN = 10.0  # that is, lie within this CIELAB distance of it
 SHOWN = 0.08  # smallest share of the object a named colour, or a pattern's second tone, must cover
+WIDE = 9  # px: an object nowhere as wide shows less than a named pattern's period of 12 to 18 px
 FLAT = 8.0  # CIELAB: an unnamed material that deviates less than this from its mean might be called solid
 NEAR_NAMED = 25.0  # CIELAB: an unnamed colour nearer to a named one than this might be called by its name
 GROUND_NEAR_NAMED = 20.0  # the same for backgrounds
@@ -292,12 +293,14 @@ def _index(word: str, known: Sequence[str], what: str) -> int:
 def targets_of(batch: Batch) -> dict[str, Tensor]:
     """Targets of each head for pictures; IGNORED (or -1 for colours) where the answer is not clear.
 
-    shape (N,), pattern (N,), background (N,): class numbers, the last being "none of these"; colours (N,
-    9): 1, 0. Not clear is - an unnamed outline whose aligned IoU with a named shape is at least LIKE_NAMED;
-    - everything but the background where more than HIDDEN of the object has the background's colour; - the
-    pattern of an unnamed material of a PATTERN_LIKE family, or nearly even (FLAT); of a gradient of one
-    colour, which side light
-      makes of a solid one too; and of any whose second tone covers less than SHOWN of the object;
+    shape (N,), pattern (N,), background (N,): class numbers, the last being "none of these"; colours (N, 9):
+    1, 0. Not clear is
+
+    - an unnamed outline whose aligned IoU with a named shape is at least LIKE_NAMED;
+    - everything but the background where more than HIDDEN of the object has the background's colour;
+    - the pattern of an unnamed material of a PATTERN_LIKE family, or nearly even (FLAT); of a gradient of one
+      colour, which side light makes of a solid one too; of any whose second tone covers less than SHOWN of
+      the object; and of all but a solid one where the object is nowhere WIDE px wide;
     - the colours where a named one covers less than SHOWN of the object (in a gradient: comes within
       NEAR_NAMED of its tone on less), or where an unnamed material shows as much of a colour within
       NEAR_NAMED of a named one;
@@ -335,7 +338,9 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
     solid, gradient = batch.pattern == PATTERNS.index("solid"), batch.pattern == PATTERNS.index("gradient")
     spread = _mean((lab - _mean(lab, inside)[:, None, None]).square(), inside).sum(1).sqrt()
     like |= spread < FLAT
-    pattern[(like & ~named) | (gradient & single) | (named & ~solid & faint)] = IGNORED
+    thick = -F.max_pool2d(-inside[:, None].float(), WIDE, 1, WIDE // 2)  # centres of squares that fit inside
+    thin = ~thick.flatten(1).any(1)
+    pattern[(like & ~named) | (gradient & single) | (named & ~solid & faint) | (thin & ~solid)] = IGNORED
 
     colours = torch.cat([batch.colours, ~named[:, None]], 1).float()
     distance = (lab[:, :, :, None] - tones).norm(dim=-1).amin(-1)

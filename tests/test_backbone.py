@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -396,3 +397,14 @@ def test_a_tower_it_cannot_hold_is_refused(clip):
     with pytest.raises(ValueError, match="knows no model 'ViT-B-33'"):
         ImageTower.from_open_clip(clip, "ViT-B-33")
     assert escd.backbone._tower_config("ViT-B-32")["width"] == 768
+
+
+def test_a_large_backbone_without_a_gpu_says_how_long_tuning_takes(tiny_folder, monkeypatch):
+    monkeypatch.setattr(escd.backbone, "choose_device", lambda: torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_backbone(tiny_folder)  # small
+        monkeypatch.setattr(escd.backbone, "LARGE", 1)
+        load_backbone(tiny_folder, device="cpu")  # asked for
+    with pytest.warns(UserWarning, match=r"shape \d+ (s|min) \(\d+ steps\), appearance \d+ (s|min)"):
+        load_backbone(tiny_folder)

@@ -27,6 +27,9 @@ def test_embeds_ref_is_cls_then_pooled_down_features(backbone):
 def test_pooled_means():
     maps = [torch.arange(16.0).view(1, 1, 4, 4)]
     assert torch.allclose(pooled(maps, (1, 2)), torch.tensor([[7.5, 2.5, 4.5, 10.5, 12.5]]))
+    # Cell by cell, in each the channels of all maps.
+    maps += [torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 2, 2)]
+    assert torch.allclose(pooled(maps, (2,)), torch.tensor([[2.5, 1, 4.5, 2, 10.5, 3, 12.5, 4]]))
 
 
 def test_global_means_of_sd15_are_10880_wide():

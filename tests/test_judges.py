@@ -53,6 +53,10 @@ def test_rules_of_what_is_clear(pictures):
     single = pictures.colours.sum(1) == 1
     gradient = pictures.pattern == PATTERNS.index("gradient")
     assert (targets["pattern"][gradient & single] == IGNORED).all()
+    # an object too thin for a pattern
+    thick = -torch.nn.functional.max_pool2d(-(pictures.mask > 0.98).float(), judges.WIDE, 1)
+    thin, solid = thick.flatten(1).amax(1) == 0, pictures.pattern == PATTERNS.index("solid")
+    assert thin.any() and (targets["pattern"][thin & ~solid] == IGNORED).all()
     for name in ("shape", "pattern", "background"):
         assert 0.01 < (targets[name] == IGNORED).float().mean() < 0.45, name
     assert (targets["colours"][:, 0] == -1).float().mean() < 0.45

@@ -4,6 +4,7 @@ killed."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,17 +24,21 @@ from escd.pretrain.autoencoder import AutoencoderLoss, start_linear
 from escd.pretrain.loop import LoopConfig, psnr, train
 from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
 from escd.pretrain.unet import (
+    MATERIAL,
     NOISE_MEAN,
     NOISE_SPREAD,
     OUTLINE,
     QUARTET,
+    ROUGH,
     SAME_APPEARANCE,
     SAME_SHAPE,
+    SHADES,
     TOLD,
     UNetStage,
     denoising_error,
     draw_noise_levels,
     make_scheduler,
+    materials,
     outlines,
 )
 from escd.pretrain.vocabulary import WORDS, learn_merges, make_tokenizer
@@ -139,10 +144,37 @@ def test_every_picture_has_a_partner_of_its_shape_alone_and_one_of_its_appearanc
         assert [shared[k] for k in partners] == shared
         assert [other[k] for k in partners] != other
         assert not any(torch.equal(b.image[k], b.image[p]) for k, p in enumerate(partners))
-    # An outline at one place and size is the same under another pose, but for the turning.
-    seen = outlines(b.mask)
-    apart = torch.cdist(seen, seen)
-    assert (apart[rows, rows ^ SAME_SHAPE] < apart.mean(1)).float().mean() > 0.9
+    # What is told of an attribute is nearly the same under another pose, on another ground.
+    told = {SAME_SHAPE: outlines(b.mask), SAME_APPEARANCE: materials(b.image, b.mask)}
+    for turned, seen in told.items():
+        apart = torch.cdist(seen, seen)
+        assert (apart[rows, rows ^ turned] < apart.mean(1)).float().mean() > 0.9
+
+
+def test_what_is_told_of_a_material_is_its_colours_and_its_roughness():
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 8:56, 8:56] = 1
+    red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1)
+    plain, grey = mask * red - (1 - mask), torch.zeros(1, 3, 64, 64)
+    told = materials(plain, mask)
+    assert told.shape == (1, MATERIAL)
+    # A colour at a level is in one bin, the ground is in none; half way between two levels it is shared out.
+    bins = (told[0, : SHADES**3] / 2).square()
+    assert bins[(SHADES - 1) * SHADES**2] == 1 and bins.sum() == 1
+    shared = (materials(plain * 0.75, mask)[0, : SHADES**3] / 2).square()
+    assert torch.allclose(shared[shared > 0], torch.full((8,), 0.125))
+    # An even surface changes nowhere; a checkerboard at the first resolution alone, and not along diagonals.
+    still = 0.4 * math.log(0.02)
+    assert torch.allclose(told[0, SHADES**3 :], torch.full((4 * ROUGH,), still))
+    odd = torch.arange(64) % 2
+    board = grey + (odd[:, None] ^ odd[None]).float()
+    rough = materials(board, mask)[0, SHADES**3 :]
+    assert torch.allclose(rough[:2], torch.full((2,), 0.4 * math.log(1.02)))
+    assert torch.allclose(rough[2:], torch.full((4 * ROUGH - 2,), still), atol=1e-4)
+    # A mask too thin to be eroded still has a material.
+    line = torch.zeros(1, 1, 64, 64)
+    line[..., 30, :] = 1
+    assert materials(plain, line).isfinite().all()
 
 
 def test_a_step_shows_a_filter_what_the_picture_shares_and_nothing_of_the_picture(unet_stage):
@@ -161,10 +193,11 @@ def test_a_step_shows_a_filter_what_the_picture_shares_and_nothing_of_the_pictur
     for read, of, turned in ((step.shape_from, m, SAME_SHAPE), (step.appearance_from, a, SAME_APPEARANCE)):
         assert torch.equal(read, unet_stage.features[torch.tensor(of) ^ turned].float())
         assert not torch.equal(read, unet_stage.features[torch.tensor(of)].float())
-    # What is told is the reference's own outline.
-    assert step.outline_from.shape[0] == TOLD and step.outline.shape == (TOLD, OUTLINE**2)
-    row = int((unet_stage.features.float() == step.outline_from[0]).all(1).nonzero()[0])
+    # What is told is the reference's own outline and material.
+    assert step.told_from.shape[0] == TOLD and step.outline.shape == (TOLD, OUTLINE**2)
+    row = int((unet_stage.features.float() == step.told_from[0]).all(1).nonzero()[0])
     assert torch.equal(unet_stage.outlines[row], step.outline[0])
+    assert torch.equal(unet_stage.materials[row], step.material[0])
     text = unet_stage.module.read(step)
     assert text.shape[0] == 32 and text.requires_grad
 
@@ -280,6 +313,19 @@ def test_a_diverging_run_says_so(tmp_path, monkeypatch):
     nn.init.constant_(toy.module.layer.weight, float("nan"))
     with pytest.raises(FloatingPointError, match="learning rate"):
         train(lambda device: toy, weights=tmp_path, progress=False)
+
+
+def test_a_step_without_a_finite_gradient_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+
+    class Stumbling(Toy):
+        def batch(self, first: int, count: int) -> torch.Tensor:
+            return super().batch(first, count) * (float("nan") if first in (0, 104) else 1.0)
+
+    record = train(lambda device: Stumbling(), weights=tmp_path, progress=False)
+    assert record["scores"][-1]["weight"] == pytest.approx(2, abs=0.3)
+    assert all(math.isfinite(point["loss"]) for point in record["curve"])
+    assert capsys.readouterr().out.count("left out") == 2
 
 
 def test_learning_rate_rises_stays_and_falls():

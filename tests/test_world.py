@@ -107,6 +107,19 @@ def test_rasterised_area_is_the_polygons_area():
     assert rasterise(torch.cat([square, hole], 1)).sum().item() == pytest.approx(30.5 * 19.5 - 100, rel=1e-4)
 
 
+@pytest.mark.parametrize("family", UNNAMED_SHAPES + HELDOUT_SHAPES)
+def test_no_outline_is_empty(family):
+    d = Draws(0, torch.arange(100_000))
+    if family == "strokes":  # with none of its strokes drawn by lot
+        d = d[(d.uniform("present", 5) >= 0.8).all(1).nonzero()[:, 0]]
+    assert len(d) > 10
+    contours = (
+        OUTLINES[family](d[torch.arange(min(len(d), 256))]) * torch.tensor([24.0, -24.0]) + 32
+    )  # px, y down
+    areas = rasterise(contours).flatten(1).sum(1)
+    assert areas.min() > 20
+
+
 def test_two_pictures_of_one_named_shape_agree_and_of_two_do_not():
     world = World(seed=6, named_shapes=1)
     b = world.batch(range(300))

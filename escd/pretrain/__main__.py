@@ -1,20 +1,24 @@
-"""``python -m escd.pretrain``: train `mini` stage by stage; resumable; also under ``accelerate launch``."""
+"""``python -m escd.pretrain``: train `mini` stage by stage, or filters for another backbone; resumable; also
+under ``accelerate launch``."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from .autoencoder import AutoencoderStage
-from .loop import train
+from .filters import FilterStage, image_files
+from .loop import Stage, train
 from .towers import TowerStage
 from .unet import UNetStage
 from .words import WordStage
 
 STAGES = {stage.name: stage for stage in (AutoencoderStage, WordStage, TowerStage, UNetStage)}
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "mini"
+FILTERS = Path("runs") / "filters"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,12 +28,19 @@ def main(argv: list[str] | None = None) -> None:
         "stages",
         nargs="*",
         metavar="STAGE",
-        help=f"which of {', '.join(STAGES)} (default: all, in this order)",
+        help=f"which of {', '.join(STAGES)} (default: all, in this order); or filters, for another backbone, "
+        "from a folder of images",
     )
+    parser.add_argument(
+        "--backbone", default="sd15", help="for filters: sd15, a folder or a hub id (default: sd15)"
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="for filters: images to learn from")
     parser.add_argument("--images", type=int, help="images this stage sees in all (default: the recipe's)")
     parser.add_argument("--learning-rate", type=float, help="its peak (default: the recipe's)")
     parser.add_argument(
-        "--weights", type=Path, default=WEIGHTS, help="where to export (default: the package's own weights)"
+        "--weights",
+        type=Path,
+        help=f"where to export (default: the package's own weights; of filters: {FILTERS}/BACKBONE)",
     )
     parser.add_argument(
         "--compile",
@@ -41,33 +52,51 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=int, help="CPU threads of this process")
     arguments = parser.parse_args(argv)
-    unknown = [s for s in arguments.stages if s not in STAGES]
+    own = arguments.stages == [FilterStage.name]
+    if own and arguments.data is None:
+        parser.error("filters learn from images: --data FOLDER")
+    if arguments.data is not None and not own:
+        parser.error("--data is for the stage filters, which runs alone")
+    unknown = [s for s in arguments.stages if s not in STAGES and not own]
     if unknown:
         parser.error(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
     if arguments.images is not None and arguments.images < 1:
         parser.error("--images must be positive")
     if arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1:
         parser.error("--learning-rate must lie between 0 and 1")
-    if arguments.further and (
-        fixed := [s for s in arguments.stages or STAGES if not hasattr(STAGES[s], "load")]
+    if (
+        arguments.further
+        and not own
+        and (fixed := [s for s in arguments.stages or STAGES if not hasattr(STAGES[s], "load")])
     ):
         parser.error(
             f"--further is not for {', '.join(fixed)}: what was trained on it would have to begin anew"
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    arguments.weights.mkdir(parents=True, exist_ok=True)
+    weights = arguments.weights or (FILTERS / Path(arguments.backbone).name if own else WEIGHTS)
+    makers: dict[str, Callable[[torch.device], Stage]] = {
+        name: lambda device, stage=stage: stage(device, weights) for name, stage in STAGES.items()
+    }
+    makers[FilterStage.name] = lambda device: FilterStage(device, arguments.backbone, arguments.data)
+    try:
+        if own:
+            image_files(arguments.data)  # told before the backbone is loaded
+        weights.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     for name in arguments.stages or STAGES:
-        stage = STAGES[name]
         train(
-            lambda device, stage=stage: stage(device, arguments.weights),
-            weights=arguments.weights,
+            makers[name],
+            weights=weights,
             images=arguments.images,
             compile=arguments.compile,
             further=arguments.further,
             learning_rate=arguments.learning_rate,
         )
-        print(f"{name}: weights in {arguments.weights}")
+        print(f"{name}: weights in {weights}")
+    if own:
+        print(f"escd.load_backbone({arguments.backbone!r}, filters={str(weights)!r}) takes them")
 
 
 if __name__ == "__main__":

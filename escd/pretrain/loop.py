@@ -22,6 +22,9 @@ from tqdm.auto import tqdm
 RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "pretrain"
 
 
+LEFT_OUT = 20  # steps without a finite gradient, one after the other, that end a training
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """How long and how fast one stage learns."""
@@ -204,7 +207,7 @@ def train(
         mininterval=5,
     )
     saved = started = time.monotonic()
-    since, running = seconds, None
+    since, running, left_out = seconds, None, 0
     # The math kernel trains about twice as fast as PyTorch's fused CPU attention at these short sequences.
     kernel = (
         [SDPBackend.MATH]
@@ -220,23 +223,29 @@ def train(
             with accelerator.autocast():
                 loss, logs = model(batch)
             accelerator.backward(loss)
-            accelerator.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            # One gradient that is no number would end everything; it is the same in all processes.
+            sound = math.isfinite(accelerator.clip_grad_norm_(parameters, 1.0))
+            left_out = 0 if sound else left_out + 1
+            if sound:
+                optimizer.step()
+                ema.step(parameters)
+            else:
+                tqdm.write(f"{stage.name}: a step at {seen} images is left out, its gradient is no number")
+            if left_out == LEFT_OUT:
+                raise FloatingPointError(
+                    f"{stage.name}: no finite gradient in {LEFT_OUT} steps on end, at {seen} images; "
+                    "lower the learning rate"
+                )
             optimizer.zero_grad(set_to_none=True)
-            ema.step(parameters)
             seen += share * accelerator.num_processes
             seconds = since + time.monotonic() - started
             bar.update(share * accelerator.num_processes)
             logs = {"loss": loss.detach(), **{name: value.detach() for name, value in logs.items()}}
             before = logs if running is None else running
-            running = {k: before[k] + 0.05 * (logs[k] - before[k]) for k in logs}
-            if not curve or seen - curve[-1]["images"] >= config.images / 200:
+            if sound:
+                running = {k: before[k] + 0.05 * (logs[k] - before[k]) for k in logs}
+            if running and (not curve or seen - curve[-1]["images"] >= config.images / 200):
                 point = {k: round(float(v), 5) for k, v in running.items()}
-                if not math.isfinite(point["loss"]):
-                    raise FloatingPointError(
-                        f"{stage.name}: the loss is {point['loss']} after {seen} images; "
-                        "lower the learning rate"
-                    )
                 curve.append({"images": seen, "seconds": round(seconds, 1), **point})
                 bar.set_postfix(point, refresh=False)
                 if not bar.disable:

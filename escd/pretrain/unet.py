@@ -44,10 +44,12 @@ NAMED_SHAPES, NAMED_APPEARANCES = 0.3, 0.65
 QUARTET, SAME_SHAPE, SAME_APPEARANCE = 4, 2, 1
 # Share of a step's pictures under a caption with "*m", with "*a", and with both; the rest has plain captions.
 WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH = 0.3125, 0.1875, 0.125
-# The pseudo-word of a shape must also tell the reference's outline, on a grid of this many cells each way,
-# through one linear layer that is thrown away, of so many references a step: the filter so learns what to say
-# before the UNet has learnt to read it.
-OUTLINE, TOLD = 24, 192
+# A pseudo-word must also tell what it stands for, through one linear layer that is thrown away, of so many
+# references a step: the filter so learns what to say before the UNet has learnt to read it. That of a shape
+# tells the outline, on a grid of OUTLINE cells each way; that of an appearance the colours, in SHADES levels
+# of red, green and blue, and how much changes from pixel to pixel, in four directions at ROUGH resolutions.
+TOLD, OUTLINE, SHADES, ROUGH = 192, 24, 5, 3
+MATERIAL = SHADES**3 + 4 * ROUGH
 # Of the log of noise over signal at which the UNet trains.
 NOISE_MEAN, NOISE_SPREAD = -0.4, 1.2
 # Under "*m" the mean is higher by this: the outline is settled where there is much noise.
@@ -126,8 +128,9 @@ class Step:
 
     In this order: `shape` rows "*m", `appearance` rows "*a", `both` rows the two.
 
-    shape_from, appearance_from: embeds_ref (rows that hold the token, W) of the references. outline_from,
-    outline: embeds_ref (TOLD, W) of more references, and what is to be told of them, (TOLD, OUTLINE**2).
+    shape_from, appearance_from: embeds_ref (rows that hold the token, W) of the references. told_from,
+    outline, material: embeds_ref (TOLD, W) of more references, and what is to be told of them, (TOLD,
+    OUTLINE**2) and (TOLD, MATERIAL).
     """
 
     x_0: Tensor
@@ -137,8 +140,9 @@ class Step:
     both: int
     shape_from: Tensor
     appearance_from: Tensor
-    outline_from: Tensor
+    told_from: Tensor
     outline: Tensor
+    material: Tensor
 
     @property
     def plain(self) -> int:
@@ -146,21 +150,54 @@ class Step:
         return len(self.prompts) - self.shape - self.appearance - self.both
 
 
-class DiffusionLoss(nn.Module):
+class Reader(nn.Module):
+    """New filters for a backbone, and the layers through which their pseudo-words must tell what they saw."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.filters = nn.ModuleDict({name: AttributeFilter.for_backbone(backbone) for name in ATTRIBUTES})
+        backbone.filters = dict(self.filters)
+        told, width = {"shape": OUTLINE**2, "appearance": MATERIAL}, backbone.text_encoder.config.hidden_size
+        self.tell = nn.ModuleDict({name: nn.Linear(width, length) for name, length in told.items()})
+        self.__dict__["backbone"] = backbone  # frozen, and no part of this module's state
+
+    def told(self, name: str, embeds_ref: Tensor, truth: Tensor) -> Tensor:
+        """How badly pseudo-words tell the truth (N, K) of the references' attribute: a mean square."""
+        word = self.backbone.word_embedding(ATTRIBUTES[name].word).float()
+        v = self.filters[name](embeds_ref, word)
+        return F.mse_loss(self.tell[name]((v - word) / word.norm()).float(), truth)
+
+    def load(self, folder: Path) -> None:
+        """Take the filters that `export` wrote."""
+        for name, learnt in self.filters.items():
+            trained = AttributeFilter.from_pretrained(folder / "filters" / name, torch_dtype=torch.float32)
+            learnt.load_state_dict(trained.state_dict())
+
+    def export(self, folder: Path) -> None:
+        """Write the filters, in half precision, to folder/filters/<attribute>."""
+        for name, learnt in self.filters.items():
+            # ModelMixin.half() would change the filter being trained.
+            copy = AttributeFilter(**{k: v for k, v in learnt.config.items() if not k.startswith("_")})
+            copy.load_state_dict(learnt.state_dict())
+            copy.half().save_pretrained(folder / "filters" / name)
+
+
+class DiffusionLoss(Reader):
     """Eq. 2 over pictures and captions, some of which hold the pseudo-words of Eq. 5."""
 
+    telling = 1.0  # weight of what the pseudo-words must tell
+
     def __init__(self, backbone: Callable[[UNet2DConditionModel], Backbone]) -> None:
-        super().__init__()
-        self.unet = make_unet()
-        self.scheduler = make_scheduler()
-        frozen = backbone(self.unet)
-        self.filters = nn.ModuleDict({name: AttributeFilter.for_backbone(frozen) for name in ATTRIBUTES})
-        frozen.filters = dict(self.filters)
-        self.tell = nn.Linear(WIDTH, OUTLINE**2)
-        self.__dict__["backbone"] = frozen  # no part of this module's state
+        unet = make_unet()
+        super().__init__(backbone(unet))
+        self.unet, self.scheduler = unet, make_scheduler()
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        text, told = self.read(step), self.told(step)
+        text = self.read(step)
+        told = {
+            "outline": self.told("shape", step.told_from, step.outline),
+            "material": self.told("appearance", step.told_from, step.material),
+        }
         # a number of rows to each mean
         means = ((step.plain, 0.0), (step.shape, NOISIER), (step.appearance, 0.0), (step.both, NOISIER))
         t = torch.cat([draw_noise_levels(self.scheduler, n, NOISE_MEAN + more) for n, more in means])
@@ -168,14 +205,8 @@ class DiffusionLoss(nn.Module):
         error = denoising_error(lambda x_t, t: self.unet(x_t, t, text).sample, self.scheduler, step.x_0, t)
         names = ("plain", "shape", "appearance", "both")
         parts = error.split([step.plain, step.shape, step.appearance, step.both])
-        logs = {name: part.mean() for name, part in zip(names, parts, strict=True)}
-        return error.mean() + told, logs | {"outline": told}
-
-    def told(self, step: Step) -> Tensor:
-        """How badly a shape's pseudo-word tells the outline: a mean square."""
-        word = self.backbone.word_embedding("shape")
-        m = self.filters["shape"](step.outline_from, word)
-        return F.mse_loss(self.tell((m - word) / word.norm()).float(), step.outline)
+        logs = {name: part.mean() for name, part in zip(names, parts, strict=True) if len(part)}
+        return error.mean() + self.telling * sum(told.values()), logs | told
 
     def read(self, step: Step) -> Tensor:
         """Text conditioning (N, L, D) of a step's prompts."""
@@ -187,9 +218,11 @@ class DiffusionLoss(nn.Module):
             "*m": torch.cat([m[: step.shape], m.new_zeros(step.appearance, WIDTH), m[step.shape :]]),
             "*a": torch.cat([a.new_zeros(step.shape, WIDTH), a]),
         }
-        with torch.no_grad():
-            text = backbone.encode_prompt(step.prompts[: step.plain])
-        return torch.cat([text, backbone.encode_prompt(step.prompts[step.plain :], pseudo_words)]).float()
+        text = [backbone.encode_prompt(step.prompts[step.plain :], pseudo_words)]
+        if step.plain:
+            with torch.no_grad():
+                text.insert(0, backbone.encode_prompt(step.prompts[: step.plain]))
+        return torch.cat(text).float()
 
 
 class UNetStage:
@@ -197,6 +230,11 @@ class UNetStage:
     loop = LoopConfig(
         images=420_000, batch_size=64, learning_rate=8e-4, warmup=0.015, decay=0.8, ema_decay=0.999
     )
+
+    # Of a step's pictures: under "*m", "*a" and both; and where in its four the picture lies that is read for
+    # each of the two.
+    shares = (WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH)
+    partners = (SAME_SHAPE, SAME_APPEARANCE)
 
     def __init__(self, device: torch.device, folder: Path) -> None:
         self.device = device
@@ -212,6 +250,7 @@ class UNetStage:
         # The ring of pictures: what of them is used again, row by row.
         self.latents = torch.empty(BANK, 4, 16, 16, device=device)
         self.outlines = torch.empty(BANK, OUTLINE**2, device=device)
+        self.materials = torch.empty(BANK, MATERIAL, device=device)
         self.features = torch.empty(0)
         self.captions: list[tuple[list[str], ...]] = [()] * BANK
         self.painted = 0
@@ -243,9 +282,7 @@ class UNetStage:
     def load(self, folder: Path) -> None:
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         self.module.unet.load_state_dict(unet.state_dict())
-        for name, learnt in self.module.filters.items():
-            trained = AttributeFilter.from_pretrained(folder / "filters" / name, torch_dtype=torch.float32)
-            learnt.load_state_dict(trained.state_dict())
+        self.module.load(folder)
 
     def _quartets(self, world: World, index: Tensor) -> Batch:
         """The pictures with these numbers, by fours: two shapes in two appearances, all else each its own."""
@@ -266,7 +303,7 @@ class UNetStage:
                     learnt.standardise(features)
         rows = (self.painted + torch.arange(len(index))) % BANK
         self.latents[rows], self.features[rows] = x_0, features.half()
-        self.outlines[rows] = outlines(b.mask)
+        self.outlines[rows], self.materials[rows] = outlines(b.mask), materials(b.image, b.mask)
         for row, captions in zip(rows.tolist(), pair_captions(b), strict=True):
             self.captions[row] = captions
         self.painted += len(index)
@@ -282,9 +319,7 @@ class UNetStage:
 
     def _step(self, rows: Tensor, u: list[list[float]]) -> Step:
         count = len(rows)
-        shape, appearance, both = (
-            max(1, round(count * share)) for share in (WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH)
-        )
+        shape, appearance, both = (max(1, round(count * share)) for share in self.shares)
         plain = count - shape - appearance - both
         kinds = [0] * plain + [1] * shape + [2] * appearance + [3] * both
         prompts = [
@@ -300,10 +335,11 @@ class UNetStage:
             shape=shape,
             appearance=appearance,
             both=both,
-            shape_from=self.features[m ^ SAME_SHAPE].float(),
-            appearance_from=self.features[a ^ SAME_APPEARANCE].float(),
-            outline_from=self.features[told].float(),
+            shape_from=self.features[m ^ self.partners[0]].float(),
+            appearance_from=self.features[a ^ self.partners[1]].float(),
+            told_from=self.features[told].float(),
             outline=self.outlines[told],
+            material=self.materials[told],
         )
 
     def evaluate(self) -> dict[str, float]:
@@ -384,15 +420,39 @@ class UNetStage:
         unet.load_state_dict(self.module.unet.state_dict())
         unet.half().save_pretrained(folder / "unet")
         make_scheduler().save_pretrained(folder / "scheduler")
-        for name, learnt in self.module.filters.items():
-            copy = AttributeFilter(**{k: v for k, v in learnt.config.items() if not k.startswith("_")})
-            copy.load_state_dict(learnt.state_dict())
-            copy.half().save_pretrained(folder / "filters" / name)
+        self.module.export(folder)
 
 
 def outlines(masks: Tensor) -> Tensor:
     """Silhouettes (N, 1, S, S) centred and at one size, as a grid of coverage (N, OUTLINE**2)."""
     return F.adaptive_avg_pool2d(canonical(masks[:, 0])[:, None], OUTLINE).flatten(1)
+
+
+def materials(images: Tensor, masks: Tensor) -> Tensor:
+    """What of an appearance is to be told, (N, MATERIAL), of images (N, 3, S, S) in [-1, 1] inside masks.
+
+    The square root of a histogram of colours, each pixel shared out among its nearest levels; and the log of
+    the mean change of lightness from one pixel to the next, at half the resolution, and so on; each scaled to
+    vary about as much as the cells of an outline.
+    """
+    # the outermost pixels are mixed with the background
+    inside = -F.max_pool2d(-(masks > 0.98).float(), 3, 1, 1)
+    inside = torch.where(inside.sum((1, 2, 3), keepdim=True) > 0, inside, masks)
+    levels = torch.linspace(-1, 1, SHADES, device=images.device)
+    near = (1 - (images[..., None] - levels).abs() * (SHADES - 1) / 2).clamp(min=0)  # (N, 3, S, S, SHADES)
+    red, green, blue = near.flatten(2, 3).unbind(1)
+    counts = torch.einsum("np,npi,npj,npk->nijk", inside.flatten(1), red, green, blue).flatten(1)
+    told = [2 * (counts / counts.sum(1, keepdim=True).clamp(min=1e-6)).sqrt()]
+    light = images.mean(1, keepdim=True)
+    for scale in range(ROUGH):
+        if scale:
+            light, inside = F.avg_pool2d(light, 2), -F.max_pool2d(-inside, 2)
+        for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+            change = (light - light.roll((-down, -right), (2, 3))).abs()
+            both = inside * inside.roll((-down, -right), (2, 3))
+            mean = (change * both).sum((1, 2, 3)) / both.sum((1, 2, 3)).clamp(min=1)
+            told.append(0.4 * (mean + 0.02).log()[:, None])
+    return torch.cat(told, 1)
 
 
 def pair_captions(b: Batch) -> list[tuple[list[str], ...]]:

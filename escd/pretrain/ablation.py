@@ -1,0 +1,154 @@
+"""What of the attribute filters is needed: `python -m escd.pretrain.ablation` trains them anew without it.
+
+Every arm leaves one thing out, trains new filters behind `mini`'s frozen UNet on the same pictures, and is
+scored at zero tuning steps on the development references: what its pseudo-words alone bring along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from .. import records
+from ..backbone import MODELS
+from ..customization import ATTRIBUTES
+from ..judges import WEIGHTS as JUDGES
+from ..judges import load_judges
+from ..pipeline import ESCDPipeline
+from ..references import load_references
+from ..study import prompts_for, score_customization
+from ..tuning import customize
+from . import loop
+from .unet import UNetStage
+
+# An arm, and what it is: the words of the table.
+ARMS = {
+    "all": "as shipped, but trained as briefly as the others",
+    "no features": "without the UNet's features",
+    "no tower": "without the image tower",
+    "no word": "an article for the sub-attribute's word",
+    "class word": "a class word for the sub-attribute's word",
+    "not told": "no outline or material to be told",
+    "own picture": "nor another picture: the reference is the target (E4T)",
+}
+WORDS = {"no word": "a", "class word": "object"}
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Filters trained on so many pictures, and scored on the development references."""
+
+    arm: str
+    images: int = 16_000
+    references: int = 12
+    backbone: str = "mini"
+    seed: int = 0
+
+
+class Nothing(nn.Module):
+    """In the place of a filter's layers for what it is not to read."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), self.width)
+
+
+class AblationStage(UNetStage):
+    """New filters behind the UNet that ships, which stays as it is."""
+
+    loop = loop.LoopConfig(images=16_000, batch_size=64, learning_rate=1e-3, decay=0.6, ema_decay=0.98)
+    # Every picture is under a pseudo-word.
+    shares = (0.4375, 0.4375, 0.125)
+
+    def __init__(self, device: torch.device, folder: Path, arm: str) -> None:
+        super().__init__(device, folder)
+        self.name = f"ablation {arm}"
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+        self.module.unet.load_state_dict(unet.state_dict())
+        self.module.unet.requires_grad_(False)
+        for learnt in self.module.filters.values():
+            if arm == "no features":
+                learnt.project_down = Nothing(learnt.config.hidden)
+            if arm == "no tower":
+                learnt.project_cls = Nothing(learnt.config.hidden)
+        if arm in WORDS:
+            embedding = self.backbone.word_embedding(WORDS[arm])
+            self.backbone.word_embedding = lambda _: embedding.clone()
+        if arm == "own picture":
+            self.partners = (0, 0)
+        if arm in ("own picture", "not told"):
+            self.module.telling = 0.0
+
+    def export(self, folder: Path) -> None:
+        """Nothing: it is scored where it was trained."""
+
+
+def score(config: AblationConfig) -> dict[str, Any]:
+    """Train one arm and score its pseudo-words; "shape" and "appearance" hold one value a picture.
+
+    A killed training goes on where it was; the state of one that was scored is thrown away.
+    """
+    folder, stages = MODELS[config.backbone].folder, []
+
+    def make(device: torch.device) -> AblationStage:
+        stages.append(AblationStage(device, folder, config.arm))
+        stages[-1].generator.manual_seed(config.seed)
+        return stages[-1]
+
+    scratch = records.ROOT / "runs" / "ablation" / config.arm.replace(" ", "-")
+    scratch.mkdir(parents=True, exist_ok=True)
+    told = loop.train(make, weights=scratch, images=config.images, evaluations=1)["scores"][-1]
+    backbone, listed, judges = stages[0].backbone, load_references(which="development"), load_judges()
+    stages[0].module.requires_grad_(False).eval()
+    metrics: dict[str, Any] = {"errors": {name: told[name] for name in ATTRIBUTES}}
+    for name in ATTRIBUTES:
+        wanted = ("iou", "silhouette") if name == "shape" else ("combined", "material")
+        metrics[name] = {key: [] for key in wanted}
+        for reference in list(listed)[: config.references]:
+            learnt = customize(reference.image, name, backbone, steps=0, seed=config.seed)
+            pipe = ESCDPipeline(backbone, **{name: learnt})
+            pipe.set_progress_bar_config(disable=True)
+            asked = prompts_for(reference, name)
+            scores = score_customization(pipe, asked, reference, reference, listed, judges, seed=config.seed)
+            for key in wanted:
+                metrics[name][key] += scores[key]
+    shutil.rmtree(loop.RUNS / stages[0].name)
+    return metrics
+
+
+def inputs(config: AblationConfig) -> dict[str, str]:
+    """sha256 of what an arm's numbers come from."""
+    folder = MODELS[config.backbone].folder
+    return {
+        "UNet": records.sha256(folder / "unet"),
+        "judges": records.sha256(JUDGES / "judges"),
+        "references development": load_references(which="development").sha256,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train and score every arm that has no record yet (side by side: start it twice, with other arms)."""
+    parser = argparse.ArgumentParser(prog="python -m escd.pretrain.ablation", description=main.__doc__)
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
+    parser.add_argument("--images", type=int, default=AblationConfig.images, help="an arm")
+    parser.add_argument("--records", type=Path, help="folder of the records (default: figures/records)")
+    arguments = parser.parse_args(argv)
+    for arm in arguments.arms:
+        config = AblationConfig(arm, arguments.images)
+        record = records.get(config, score, inputs=inputs(config), folder=arguments.records)
+        print(f"{arm}: {record.metrics['errors']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

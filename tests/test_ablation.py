@@ -1,0 +1,71 @@
+"""The filters' ablation: each arm leaves out what it says, and is scored by what its own filters make."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from escd.backbone import MODELS
+from escd.customization import ATTRIBUTES
+from escd.pretrain import ablation, loop
+from escd.pretrain.ablation import ARMS, AblationStage, main
+from escd.pretrain.unet import SAME_SHAPE
+
+
+def test_a_run_trains_filters_alone_and_scores_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(ablation.records, "ROOT", tmp_path)
+    made = []
+
+    class Watched(AblationStage):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+            self.before = {n: p.clone() for n, p in self.module.named_parameters()}
+
+    monkeypatch.setattr(ablation, "AblationStage", Watched)
+    config = ablation.AblationConfig("no tower", images=64, references=1)
+    metrics = ablation.score(config)
+    (stage,) = made
+    moved = {n for n, p in stage.module.named_parameters() if not torch.equal(p, stage.before[n])}
+    assert moved and all(n.startswith(("filters.", "tell.")) for n in moved)
+    assert set(metrics["errors"]) == set(ATTRIBUTES)
+    assert len(metrics["shape"]["silhouette"]) == len(metrics["appearance"]["material"]) == 4
+    assert not (tmp_path / "runs" / stage.name).exists(), "no state to be taken for another training's"
+    # What the image tower says makes no difference.
+    learnt = stage.module.filters["shape"]
+    embeds_ref = stage.features[:2].float()
+    other = embeds_ref.clone()
+    other[:, : learnt.config.cls_width] += 1
+    word = stage.backbone.word_embedding("shape")
+    assert torch.equal(learnt(embeds_ref, word), learnt(other, word))
+
+
+def test_what_the_arms_leave_out():
+    folder = MODELS["mini"].folder
+    stage = AblationStage(torch.device("cpu"), folder, "own picture")
+    step = stage.batch(1 << 30, 32)
+    assert step.plain == 0
+    rows = [int((stage.latents == x).flatten(1).all(1).nonzero()[0]) for x in step.x_0[: step.shape]]
+    assert torch.equal(step.shape_from[: step.shape], stage.features[torch.tensor(rows)].float())
+    assert not torch.equal(
+        step.shape_from[: step.shape], stage.features[torch.tensor(rows) ^ SAME_SHAPE].float()
+    )
+    assert stage.module.telling == 0
+    word = AblationStage(torch.device("cpu"), folder, "class word").backbone.word_embedding
+    assert torch.equal(word("shape"), word("appearance"))
+    assert torch.equal(word("shape"), stage.backbone.word_embedding("object"))
+
+
+def test_the_command_runs_what_has_no_record(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablation, "score", lambda config: asked.append(config.arm) or {"errors": {}})
+    main(["--records", str(tmp_path)])
+    main(["--records", str(tmp_path)])
+    assert asked == list(ARMS)
+    lines = (tmp_path / "ablation.jsonl").read_text().splitlines()
+    assert [json.loads(line)["config"]["arm"] for line in lines] == list(ARMS)
+    with pytest.raises(SystemExit):
+        main(["--arms", "nothing at all"])
