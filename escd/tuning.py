@@ -51,8 +51,9 @@ RATES = {
 STEPS = {"shape": 350, "appearance": 40}
 # The pseudo-word's rate. An outline needs the weights; with a faster word fewer were retrieved (notebook 3).
 WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
-# Differently augmented views of the reference, and the share of the draws under the empty prompt: with more of
-# the first a shape is learnt better, with the second colours and backgrounds are obeyed more (notebook 3).
+# How many differently augmented views of the reference there are, and the share of the draws under the empty
+# prompt. With more of the first a shape is learnt better; with the second the rest of a prompt is obeyed more
+# (notebook 3).
 VIEWS = {"shape": 192, "appearance": 64}
 DROPOUT = {"shape": 0.15, "appearance": 0.0}
 # Factors of a change start with one of the two at zero, and move the weights less for the same step.
