@@ -49,7 +49,7 @@ RATES = {
     "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
 }
 STEPS = {"shape": 350, "appearance": 40}
-# The pseudo-word's rate. An outline needs the weights; with a faster word fewer were retrieved (notebook 3).
+# The pseudo-word's rate. An outline needs the weights more than the word.
 WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
 # How many differently augmented views of the reference there are, and the share of the draws under the empty
 # prompt. With more of the first a shape is learnt better; with the second the rest of a prompt is obeyed more

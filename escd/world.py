@@ -408,7 +408,7 @@ def _strokes(d: Draws) -> Tensor:
     knots = torch.where(straight.bool(), torch.stack([shifted[..., 0], knots[..., 1]], -1), knots)
     width = d.uniform("width", 1, low=0.08, high=0.24).expand(-1, 5)
     present = d.uniform("present", 5) < 0.8
-    present[:, 0] |= ~present.any(1)  # else one picture in some ten thousand would be empty
+    present[:, 0] |= ~present.any(1)  # else one picture in some seventy thousand would be empty
     path = _capsule(knots[:, :-1], knots[:, 1:], width, 24) * present[..., None, None]
     at, outer = knots[:, 1], d.uniform("loop", 1, low=0.3, high=0.6)
     looped = (d.uniform("looped", 1) < 0.5)[..., None, None]

@@ -25,7 +25,7 @@ from ..measure import foreground_mask
 from ..pipeline import ESCDPipeline
 from ..tuning import PROMPTS, TuningConfig, customize, readable, runs_in, views_of
 from .loop import LoopConfig
-from .unet import Reader, denoising_error, materials, outlines
+from .unet import FiltersInTraining, denoising_error, materials, outlines
 
 NEEDED = 8  # images: fewer than that say nothing about the next one
 # Share of the images that are kept for the evaluation.
@@ -49,7 +49,7 @@ class Pairs:
     known: Tensor
 
 
-class FilterLoss(Reader):
+class FilterLoss(FiltersInTraining):
     """Eq. 2 on the targets, under prompts whose pseudo-word the filter made from the references (Eq. 5)."""
 
     def forward(self, batch: list[Pairs]) -> tuple[Tensor, dict[str, Tensor]]:

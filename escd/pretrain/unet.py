@@ -150,7 +150,7 @@ class Step:
         return len(self.prompts) - self.shape - self.appearance - self.both
 
 
-class Reader(nn.Module):
+class FiltersInTraining(nn.Module):
     """New filters for a backbone, and the layers through which their pseudo-words must tell what they saw."""
 
     def __init__(self, backbone: Backbone) -> None:
@@ -182,7 +182,7 @@ class Reader(nn.Module):
             copy.half().save_pretrained(folder / "filters" / name)
 
 
-class DiffusionLoss(Reader):
+class DiffusionLoss(FiltersInTraining):
     """Eq. 2 over pictures and captions, some of which hold the pseudo-words of Eq. 5."""
 
     telling = 1.0  # weight of what the pseudo-words must tell
