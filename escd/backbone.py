@@ -684,19 +684,28 @@ def _require_disk(model: Model, files: list[str]) -> None:
         )
 
 
-def _open_clip_tower(file: str | Path | None, dtype: torch.dtype) -> ImageTower:
-    """The image tower of the OpenCLIP model in `OPENCLIP`, from `file` (safetensors) or from the hub."""
+def open_clip_file(file: str | Path | None, needed: str, remedy: str) -> Path:
+    """The weights of the OpenCLIP model in `OPENCLIP`: `file`, or from the hub.
+
+    Raises FileNotFoundError where there is no such file, OSError where the hub cannot be reached, saying what
+    it is `needed` for and what would do instead (`remedy`).
+    """
     if file is None:
         try:
             file = hf_hub_download(OPENCLIP.repository, OPENCLIP.file, revision=OPENCLIP.revision)
         except LocalEntryNotFoundError as error:
             raise OSError(
-                f"this backbone has no image tower of its own; {OPENCLIP.repository}, which would serve, "
-                "is not stored on this machine and the Hugging Face hub cannot be reached; connect once to "
-                "download it, or pass image_tower="
+                f"{needed}; {OPENCLIP.repository}, which would serve, is not stored on this machine and the "
+                f"Hugging Face hub cannot be reached; connect once to download it, or {remedy}"
             ) from error
     if not Path(file).is_file():
         raise FileNotFoundError(f"no image tower at {file}")
+    return Path(file)
+
+
+def _open_clip_tower(file: str | Path | None, dtype: torch.dtype) -> ImageTower:
+    """The image tower of the OpenCLIP model in `OPENCLIP`, from `file` (safetensors) or from the hub."""
+    file = open_clip_file(file, "this backbone has no image tower of its own", "pass image_tower=")
     tower = ImageTower(**_tower_config(OPENCLIP.architecture))
     with open_safetensors(file) as stored:
         visual = [name for name in stored.keys() if name.startswith("visual.") and name != "visual.proj"]

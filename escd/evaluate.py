@@ -9,16 +9,14 @@ the untouched backbone, with the attribute's plain word for the pseudo-word.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 from open_clip import create_model_from_pretrained, get_tokenizer
 from PIL import Image
 from torch import Tensor
@@ -26,10 +24,10 @@ from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModel
 
 from . import measure, records
-from .backbone import OPENCLIP, Backbone, load_backbone
+from .backbone import OPENCLIP, Backbone, load_backbone, open_clip_file
 from .cost import require_memory, tuning_cost
 from .customization import ATTRIBUTES, resolve_attribute
-from .images import open_image_and_mask
+from .images import image_files, open_image_and_mask
 from .pipeline import ESCDPipeline
 from .tuning import TuningConfig, customize
 
@@ -101,11 +99,9 @@ def subjects_in(folder: Path) -> list[Subject]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} of subjects")
-    endings = set(Image.registered_extensions())
 
     def images(where: Path) -> list[Path]:
-        files = sorted(f for f in where.iterdir() if f.suffix.lower() in endings and f.is_file())
-        return [f for f in files if not f.stem.endswith(MASK)]
+        return [file for file in image_files(where) if not file.stem.endswith(MASK)]
 
     chosen = [(f.stem, f) for f in images(folder)]
     chosen += [(d.name, images(d)[0]) for d in sorted(folder.iterdir()) if d.is_dir() and images(d)]
@@ -123,43 +119,39 @@ def asked(attribute: str, count: int) -> list[tuple[str, str]]:
 
 
 class Scorers:
-    """The networks that score, loaded once.
+    """The networks that score.
 
     clip: a safetensors file of the OpenCLIP model in `OPENCLIP`; None takes it from the hub. dino: a hub id
     or folder of a DINO model, or None for none.
     """
 
     def __init__(self, device: torch.device, clip: Path | None = None, dino: str | None = None) -> None:
-        self.device, self.file, self.dino = device, clip, dino
-
-    @cached_property
-    def _clip(self) -> tuple[Any, Callable, Callable]:
-        file = self.file or hf_hub_download(OPENCLIP.repository, OPENCLIP.file, revision=OPENCLIP.revision)
-        model, preprocess = create_model_from_pretrained(OPENCLIP.architecture, str(file), device=self.device)
-        return model.eval(), preprocess, get_tokenizer(OPENCLIP.architecture)
-
-    @cached_property
-    def _dino(self) -> tuple[Any, Callable]:
-        processor = AutoImageProcessor.from_pretrained(self.dino)
-        return AutoModel.from_pretrained(self.dino, use_safetensors=True).to(self.device).eval(), processor
+        self.device = device
+        file = open_clip_file(clip, "CLIP-T and CLIP-I are scored by a CLIP", "pass --clip FILE")
+        model, preprocess = create_model_from_pretrained(OPENCLIP.architecture, str(file), device=device)
+        self.clip = model.eval(), preprocess, get_tokenizer(OPENCLIP.architecture)
+        self.dino = None
+        if dino is not None:
+            network = AutoModel.from_pretrained(dino, use_safetensors=True).to(device).eval()
+            self.dino = network, AutoImageProcessor.from_pretrained(dino)
 
     @torch.no_grad()
     def clip_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit embeddings (N, D) of images."""
-        model, preprocess, _ = self._clip
+        model, preprocess, _ = self.clip
         pixels = torch.stack([preprocess(image) for image in images]).to(self.device)
         return F.normalize(model.encode_image(pixels).float(), dim=-1)
 
     @torch.no_grad()
     def clip_texts(self, texts: Sequence[str]) -> Tensor:
         """Unit embeddings (N, D) of texts."""
-        model, _, tokenizer = self._clip
+        model, _, tokenizer = self.clip
         return F.normalize(model.encode_text(tokenizer(list(texts)).to(self.device)).float(), dim=-1)
 
     @torch.no_grad()
     def dino_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit CLS tokens (N, D) of images."""
-        model, processor = self._dino
+        model, processor = self.dino
         inputs = processor(images=list(images), return_tensors="pt").to(self.device)
         return F.normalize(model(**inputs).last_hidden_state[:, 0].float(), dim=-1)
 
@@ -236,6 +228,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("subjects", type=Path, help="folder of images, or of a folder of images a subject")
     parser.add_argument("--attribute", required=True, choices=tuple(ATTRIBUTES))
     parser.add_argument("--backbone", default="sd15", help="what load_backbone is to load (default: sd15)")
+    parser.add_argument(
+        "--filters", type=Path, metavar="DIR", help="attribute filters from python -m escd.pretrain filters"
+    )
     parser.add_argument("--steps", type=int, help="tuning steps")
     parser.add_argument("--rank", type=int, help="learn a change of this rank")
     parser.add_argument(
@@ -259,11 +254,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         for subject in subjects:
             open_image_and_mask(subject.image, 64, subject.mask)  # told before the backbone is loaded
-        backbone = load_backbone(arguments.backbone)
+        backbone = load_backbone(arguments.backbone, filters=arguments.filters)
         require_memory(tuning_cost(backbone, tuning), backbone.device)
+        scorers = Scorers(backbone.device, arguments.clip, arguments.dino)
     except (OSError, ValueError, TypeError, MemoryError) as error:
         parser.error(" ".join(str(error).split()))
-    scorers = Scorers(backbone.device, arguments.clip, arguments.dino)
     found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     runs = [(subject, floor) for subject in subjects for floor in (True, False)]
     for subject, floor in tqdm(runs, desc="evaluation", unit="run"):
@@ -278,10 +273,10 @@ def main(argv: list[str] | None = None) -> None:
             dino=arguments.dino and Path(arguments.dino).name,
         )
         inputs = {"image": records.sha256(subject.image), "backbone": backbone.identity}
-        files = {"mask": subject.mask, "clip": arguments.clip, "dino": Path(arguments.dino or "")}
-        inputs |= {
-            name: records.sha256(f) for name, f in files.items() if f is not None and f.name and f.exists()
-        }
+        files = {"mask": subject.mask, "clip": arguments.clip, "filters": arguments.filters}
+        if arguments.dino and Path(arguments.dino).is_dir():
+            files["dino"] = Path(arguments.dino)
+        inputs |= {name: records.sha256(file) for name, file in files.items() if file is not None}
         record = records.get(
             config,
             lambda config, subject=subject: evaluate(subject, config, backbone, scorers, arguments.output),

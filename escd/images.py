@@ -62,6 +62,13 @@ def open_image_and_mask(
     return image, inside
 
 
+def image_files(folder: Path, *, deep: bool = False) -> list[Path]:
+    """The images in a folder, and with `deep` in those inside it, in the order of their names."""
+    endings = Image.registered_extensions()
+    files = folder.rglob("*") if deep else folder.iterdir()
+    return sorted(file for file in files if file.suffix.lower() in endings and file.is_file())
+
+
 def _open(source: str | Path | Image.Image) -> Image.Image:
     """A whole, upright 8-bit RGB or RGBA picture of acceptable size."""
     if isinstance(source, Image.Image):

@@ -28,17 +28,17 @@ def dino(tmp_path_factory):
 
 
 @pytest.fixture
-def scorers(dino):
+def scorers(dino, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = open_clip.CLIP(
         16,
         open_clip.CLIPVisionCfg(image_size=16, patch_size=8, width=16, layers=1, head_width=8),
         open_clip.CLIPTextCfg(width=16, heads=2, layers=1),
     )
-    scorers = Scorers(torch.device("cpu"), dino=str(dino))
     preprocess = open_clip.image_transform(16, is_train=False)
-    scorers.__dict__["_clip"] = (model.eval(), preprocess, open_clip.get_tokenizer("ViT-B-32"))
-    return scorers
+    (tmp_path / "clip.safetensors").touch()  # what is in it is open_clip's to read
+    monkeypatch.setattr(evaluate, "create_model_from_pretrained", lambda *_, **__: (model, preprocess))
+    return Scorers(torch.device("cpu"), tmp_path / "clip.safetensors", str(dino))
 
 
 @pytest.fixture
@@ -144,6 +144,8 @@ def test_the_command_writes_records_and_does_not_run_them_twice(
         ({"--prompts": "0"}, "from 1 to 80"),
         ({"--steps": "-1"}, "steps"),
         ({"--backbone": "nowhere"}, "nowhere"),
+        ({"--backbone": "mini", "--clip": "nothing.safetensors"}, "nothing.safetensors"),
+        ({"--backbone": "mini", "--filters": "nowhere"}, "no attribute filters in nowhere"),
     ],
 )
 def test_bad_input_is_told_in_a_line(changes, told, folder, capsys):

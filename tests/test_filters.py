@@ -14,7 +14,7 @@ from escd.fusion import AttributeFilter
 from escd.measure import foreground_mask
 from escd.pretrain import loop
 from escd.pretrain.__main__ import main
-from escd.pretrain.filters import NEEDED, FilterStage, image_files
+from escd.pretrain.filters import NEEDED, FilterStage, images_to_learn_from
 from escd.world import World
 
 
@@ -37,7 +37,7 @@ def stage(tiny_folder, folder):
 
 
 def test_some_images_are_kept_apart(stage, folder):
-    assert len(image_files(folder)) == 12
+    assert len(images_to_learn_from(folder)) == 12
     assert len(stage.unseen) == 1 and len(stage.learnt) == 11 and not set(stage.unseen) & set(stage.learnt)
 
 
@@ -118,10 +118,10 @@ def test_what_is_missing_is_told_first(asked, told, capsys):
 
 
 def test_too_few_images_are_refused(tmp_path, folder):
-    for file in image_files(folder)[: NEEDED - 1]:
+    for file in images_to_learn_from(folder)[: NEEDED - 1]:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(ValueError, match=f"holds {NEEDED - 1} images"):
-        image_files(tmp_path)
+        images_to_learn_from(tmp_path)
 
 
 def test_filters_of_another_backbone_are_refused(tiny_folder, tmp_path):

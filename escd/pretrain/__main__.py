@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .autoencoder import AutoencoderStage
-from .filters import FilterStage, image_files
+from .filters import FilterStage, images_to_learn_from
 from .loop import Stage, train
 from .towers import TowerStage
 from .unet import UNetStage
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     makers[FilterStage.name] = lambda device: FilterStage(device, arguments.backbone, arguments.data)
     try:
         if own:
-            image_files(arguments.data)  # told before the backbone is loaded
+            images_to_learn_from(arguments.data)  # told before the backbone is loaded
         weights.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))

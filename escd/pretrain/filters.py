@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.utils import save_image
 
 from ..backbone import load_backbone, loss_weight
 from ..customization import ATTRIBUTES
 from ..encoder import extract_features
-from ..images import open_image
+from ..images import image_files, open_image
 from ..measure import foreground_mask
 from ..pipeline import ESCDPipeline
 from ..tuning import PROMPTS, TuningConfig, customize, readable, runs_in, views_of
@@ -82,15 +81,15 @@ class FilterStage:
     loop = LoopConfig(images=50_000, batch_size=8, learning_rate=5e-4, decay=0.5, ema_decay=0.999)
 
     def __init__(self, device: torch.device, backbone: str | Path, data: Path) -> None:
-        self.files = image_files(data)
+        files = images_to_learn_from(data)
         torch.manual_seed(14)
         dtype = runs_in(device) if device.type == "cuda" else None
         self.backbone = load_backbone(backbone, device=device, dtype=dtype)
         self.module = FilterLoss(self.backbone).to(device)
         self.device, self.heavy = device, []
         self.name = f"{self.name}-{self.backbone.identity}"  # of a run's state, which is of one backbone
-        kept = max(1, round(KEPT * len(self.files)))
-        self.learnt, self.unseen = self.files[kept:], self.files[:kept]
+        kept = max(1, round(KEPT * len(files)))
+        self.learnt, self.unseen = files[kept:], files[:kept]
         for attribute in ATTRIBUTES.values():
             self.backbone.add_token(attribute.token)
         first = torch.stack([self._open(file) for file in self.learnt[:STANDARD]])
@@ -185,12 +184,11 @@ class FilterStage:
         self.module.export(folder)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images in a folder, in the order of their names; ValueError where they are too few."""
+def images_to_learn_from(folder: Path) -> list[Path]:
+    """The images in a folder and those inside it; ValueError where they are too few."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} with images to learn from")
-    endings = set(Image.registered_extensions())
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    files = image_files(folder, deep=True)
     if len(files) < NEEDED:
         raise ValueError(
             f"{folder} holds {len(files)} images; filters are to serve images they have never seen, and "
