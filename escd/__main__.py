@@ -91,8 +91,9 @@ def _customize(options: argparse.Namespace) -> None:
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent} to write {output.name} to")
     given = {name: getattr(options, name) for name in ("steps", "learning_rate", "rank", "seed")}
-    config = TuningConfig.of(attribute, options.part, **given)
+    TuningConfig.of(attribute, options.part, **given)  # and bad numbers
     backbone = load_backbone(options.backbone, filters=options.filters)
+    config = TuningConfig.of(attribute, options.part, backbone, **given)
     cost = tuning_cost(backbone, config)
     require_memory(cost, backbone.device)
     least = f", {time_in_words(cost)} at least" if backbone.device.type == "cpu" else ""

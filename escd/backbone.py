@@ -41,7 +41,7 @@ from .encoder import feature_widths
 from .fusion import AttributeFilter
 
 SNR_CEILING = 5.0
-LARGE = 100_000_000  # parameters of a UNet that nobody wants to tune on a CPU without having been told
+LARGE = 100_000_000  # parameters of a UNet that is tuned otherwise than `mini`, and slowly on a CPU
 
 
 @dataclass(frozen=True)
@@ -232,6 +232,11 @@ class Backbone:
         """(C, h, w) of one image's latents at `image_size`."""
         size = self.unet.config.sample_size
         return self.unet.config.in_channels, size, size
+
+    @property
+    def large(self) -> bool:
+        """Whether the UNet has Stable Diffusion's order of size rather than `mini`'s."""
+        return sum(p.numel() for p in self.unet.parameters()) >= LARGE
 
     @cached_property
     def identity(self) -> str:
@@ -488,13 +493,9 @@ def load_backbone(
         name=name if name in MODELS or model.repository else None,
     )
     backbone.to(device or choose_device())
-    if device is None and backbone.device.type == "cpu" and _size(backbone.unet) >= LARGE:
+    if device is None and backbone.device.type == "cpu" and backbone.large:
         _warn_of_the_time(backbone)
     return backbone
-
-
-def _size(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
 
 
 def _warn_of_the_time(backbone: Backbone) -> None:
@@ -505,7 +506,7 @@ def _warn_of_the_time(backbone: Backbone) -> None:
 
     times = []
     for name in ATTRIBUTES:
-        config = TuningConfig.of(name)
+        config = TuningConfig.of(name, backbone=backbone)
         cost = tuning_cost(backbone, config)
         times.append(f"{name} {time_in_words(cost)} ({config.steps} steps)")
     warnings.warn(

@@ -22,8 +22,8 @@ from .halves import down_path
 from .parts import parameters_of
 from .tuning import NO_PART, Draws, TuningConfig, fast_arithmetic, predicted, runs_in
 
-STATE = 12  # bytes of Adam's two moments and of the gradient, for each number that learns
-WEIGHT = 4  # bytes of a number that learns: it is kept in single precision
+WEIGHT = 4  # bytes of a number that learns: it is kept in single precision, as are its gradient and its
+MOMENTS = {"adamw": 2, "muon": 1}  # moments; Muon is for matrices
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,10 @@ def tuning_cost(backbone: Backbone, config: TuningConfig) -> TuningCost:
                 loss = predicted(unet, weights, seen, text.requires_grad_(), config.conditioning).sum()
             loss.backward()
     frozen = sum(p.nbytes for module in backbone.modules.values() for p in module.parameters())
-    learning = sum(_learns(p, config.rank) for p in trained.values()) * (WEIGHT + STATE)
+    learning = sum(
+        _learns(p, config.rank) * WEIGHT * (2 + MOMENTS[config.optimizer if p.ndim > 1 else "adamw"])
+        for p in trained.values()
+    )
     if config.rank is not None:  # the weights they change are made anew in each step, and differentiated
         learning += sum(2 * WEIGHT * p.numel() for p in trained.values())
     activations = kept.bytes + config.batch_size * _text_activations(backbone)

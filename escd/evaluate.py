@@ -249,12 +249,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--prompts must be from 1 to {most}, --images from 1 on")
     try:
         subjects = subjects_in(arguments.subjects)
-        tuning = TuningConfig.of(
-            arguments.attribute, steps=arguments.steps, rank=arguments.rank, seed=arguments.seed
-        )
+        given = {name: getattr(arguments, name) for name in ("steps", "rank", "seed")}
+        TuningConfig.of(arguments.attribute, **given)  # bad numbers are told before the backbone is loaded
         for subject in subjects:
-            open_image_and_mask(subject.image, 64, subject.mask)  # told before the backbone is loaded
+            open_image_and_mask(subject.image, 64, subject.mask)  # and bad images
         backbone = load_backbone(arguments.backbone, filters=arguments.filters)
+        tuning = TuningConfig.of(arguments.attribute, None, backbone, **given)
         require_memory(tuning_cost(backbone, tuning), backbone.device)
         scorers = Scorers(backbone.device, arguments.clip, arguments.dino)
     except (OSError, ValueError, TypeError, MemoryError) as error:

@@ -72,10 +72,10 @@ GROUND_NEAR_NAMED = 20.0  # the same for backgrounds
 class Judge(ModelMixin, ConfigMixin):
     """The network: images (N, 3, H, W) in [-1, 1] -> logits of each head, the last entry "none of these".
 
-    Before anything is learnt the ground is told from the figure: a plane of colour is fitted to the picture's
-    frame, and what differs from it is centred and brought to one size. On this view a residual network sees
-    the outline as an arrangement of coarse features, and pattern and colours as means and deviations of
-    features at every scale, down to single pixels, inside the object.
+    First the figure is told from the ground, by a small network that learns it from the world's masks
+    (`Figure`), and is centred and brought to one size. On this view a residual network sees the outline as
+    an arrangement of coarse features, and pattern and colours as means and deviations of features at every
+    scale, down to single pixels, inside the object.
     """
 
     @register_to_config
@@ -87,6 +87,7 @@ class Judge(ModelMixin, ConfigMixin):
         self.register_buffer("plane", plane, persistent=False)  # (S S, 3)
         self.register_buffer("fit", fit, persistent=False)  # (3, frame pixels)
         self.register_buffer("frame", frame, persistent=False)  # (S S,)
+        self.figure = Figure()
         channels = 8  # colour, its difference from the ground, that difference's length, figure or not
         self.pixels = nn.Sequential(
             nn.Conv2d(channels, pixel_width, 1), nn.BatchNorm2d(pixel_width), nn.ReLU(),
@@ -112,10 +113,19 @@ class Judge(ModelMixin, ConfigMixin):
         })  # fmt: skip
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.read(images)[0]
+
+    def read(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The logits of each head, and those of the figure (N, 1, S, S)."""
         if images.shape[-2:] != (SIZE, SIZE):
             images = F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
+        images = images.to(self.plane.dtype)
         with torch.autocast(images.device.type, enabled=False):
-            view, ground = self.view_of(images.to(self.plane.dtype))
+            apart, told, frame = self.apart_from_ground(images)
+        found = self.figure(torch.cat([images, apart, told], 1)).float()
+        with torch.autocast(images.device.type, enabled=False):
+            # The figure learns from the world's masks alone, not from what its view was good for.
+            view, ground = self.view_of(images, apart, found.detach().sigmoid() + 1e-4, frame)
         figure, view = view[:, -1:], view.contiguous(memory_format=torch.channels_last)
         pooled = _inside(self.pixels(view[..., ::2, ::2]), figure)
         maps = view
@@ -125,16 +135,23 @@ class Judge(ModelMixin, ConfigMixin):
         arranged = self.arrangement(F.adaptive_avg_pool2d(maps, 3).flatten(1))
         pooled += [maps.mean((2, 3)), maps.amax((2, 3)), arranged, self.ground(ground)]
         features = torch.cat(pooled, 1)
-        return {name: head(features) for name, head in self.heads.items()}
+        return {name: head(features) for name, head in self.heads.items()}, found
 
-    def view_of(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The figure (N, 8, V, V), centred and at one size, and what the frame says of the ground (N, 12)."""
+    def apart_from_ground(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How images differ from a plane of colour fitted to their frame, and whether by more than it does.
+
+        (N, 3, S, S), (N, 1, S, S) from 0 to 1, and what the frame says of the ground (N, 10).
+        """
         colours = images.flatten(2).transpose(1, 2)  # (N, S S, 3)
         plane = self.fit @ colours[:, self.frame]  # (N, 3, 3)
         apart = (colours - self.plane @ plane).transpose(1, 2).view_as(images)
         distance = apart.norm(dim=1, keepdim=True)  # (N, 1, S, S)
         uneven = distance.flatten(2)[..., self.frame].square().mean(-1).sqrt()  # (N, 1)
-        figure = ((distance - 2.5 * uneven[..., None, None] - 0.1) / 0.2).clamp(0, 1) + 1e-4
+        told = ((distance - 2.5 * uneven[..., None, None] - 0.1) / 0.2).clamp(0, 1)
+        return apart, told, torch.cat([plane.flatten(1), uneven], 1)
+
+    def view_of(self, images: Tensor, apart: Tensor, figure: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        """The figure (N, 8, V, V), centred and at one size, and what is said of the ground (N, 12)."""
         x, y = (self.plane[:, axis].view(SIZE, SIZE) for axis in (1, 2))
         area = figure.sum((1, 2, 3))
         across, down = ((figure[:, 0] * axis).sum((1, 2)) / area for axis in (x, y))
@@ -145,10 +162,10 @@ class Judge(ModelMixin, ConfigMixin):
         theta = torch.stack([scale, zero, across, zero, scale, down], 1).view(-1, 2, 3)
         size = self.config.view
         grid = F.affine_grid(theta, [len(images), 8, size, size], align_corners=True)
-        channels = torch.cat([images, apart, distance, figure], 1)
+        channels = torch.cat([images, apart, apart.norm(dim=1, keepdim=True), figure], 1)
         view = F.grid_sample(channels, grid, align_corners=True, padding_mode="border")
         share = area[:, None] / SIZE**2
-        return view, torch.cat([plane.flatten(1), uneven, scale[:, None], share], 1)
+        return view, torch.cat([frame, scale[:, None], share], 1)
 
 
 def _frame_fit() -> tuple[Tensor, Tensor, Tensor]:
@@ -159,6 +176,30 @@ def _frame_fit() -> tuple[Tensor, Tensor, Tensor]:
     frame = torch.ones(SIZE, SIZE, dtype=torch.bool)
     frame[2:-2, 2:-2] = False
     return plane, torch.linalg.pinv(plane[frame.flatten()]), frame.flatten()
+
+
+class Figure(nn.Module):
+    """Tells the figure from the ground: (N, 7, S, S) -> logits (N, 1, S, S), at half size and coarser."""
+
+    def __init__(self, channels: int = 7, widths: tuple[int, ...] = (24, 48, 64)) -> None:
+        super().__init__()
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for k, width in enumerate(widths):
+            first = nn.Conv2d(widths[k - 1], width, 3, 2, 1) if k else nn.Conv2d(4 * channels, width, 3, 1, 1)
+            self.down.append(nn.Sequential(first, Residual(width)))
+        for narrow, wide in zip(widths[-2::-1], widths[:0:-1], strict=True):
+            self.up.append(nn.Sequential(nn.Conv2d(wide + narrow, narrow, 1), Residual(narrow)))
+        self.last = nn.Sequential(nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.Conv2d(widths[0], 4, 3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
+        seen = []
+        for stage in self.down:
+            x = stage(x)
+            seen.append(x)
+        for stage, beside in zip(self.up, seen[-2::-1], strict=True):
+            x = stage(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), beside], 1))
+        return F.pixel_shuffle(self.last(x), 2)
 
 
 def _inside(maps: Tensor, figure: Tensor) -> list[Tensor]:
@@ -421,9 +462,11 @@ class JudgedLoss(nn.Module):
 
     def forward(self, batch: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         images, targets = batch
-        logits = self.judge(images)
+        logits, figure = self.judge.read(images)
         right = accuracies(judgement(logits), targets)
-        return loss_of(logits, targets), {name: torch.tensor(score) for name, score in right.items()}
+        off = F.binary_cross_entropy_with_logits(figure, targets["figure"])
+        logs = {name: torch.tensor(score) for name, score in right.items()}
+        return loss_of(logits, targets) + 4 * off, logs | {"figure": off.detach()}
 
 
 class JudgeStage:
@@ -451,23 +494,30 @@ class JudgeStage:
         self.targets: dict[str, Tensor] = {}
         self.fixed: dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
 
+    def load(self, folder: Path) -> None:
+        self.module.judge.load_state_dict(
+            Judge.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+        )
+
     def batch(self, first: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         fresh = max(1, count // self.reuse) if self.painted else self.begun
         self._paint(torch.arange(first, first + fresh, device=self.device))
         draws = world.Draws(self.world.seed, torch.arange(first, first + count, device=self.device))
         rows = draws.integer("row", 0, min(self.painted, self.bank))
         targets = {name: target[rows] for name, target in self.targets.items()}
+        targets["figure"] = targets["figure"].float()
         return spoil(self.images[rows].float(), draws), targets
 
     def _paint(self, index: Tensor) -> None:
         """Put the pictures with these numbers into the bank; the oldest go."""
         pictures, draws = self.world.batch(index), world.Draws(self.world.seed, index)
         targets, images = targets_of(pictures), pictures.image.clone()
+        targets["figure"] = pictures.mask.half()
         empty = (draws.uniform("empty") < 0.04).nonzero()[:, 0]
         if len(empty):
             images[empty] = self.world.backgrounds(index[empty])[0] * 2 - 1
             targets["shape"][empty], targets["pattern"][empty] = len(SHAPES), len(PATTERNS)
-            targets["colours"][empty] = -1
+            targets["colours"][empty], targets["figure"][empty] = -1, 0
         through = (draws.uniform("through") < self.decoded).nonzero()[:, 0]
         if len(through):
             images[through] = self.reconstruct(images[through], draws[through])
@@ -564,6 +614,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--images", type=int, help=f"pictures to see in all (default: {JudgeStage.loop.images})"
     )
+    parser.add_argument("--learning-rate", type=float, help="its peak (default: the recipe's)")
+    parser.add_argument(
+        "--further", action="store_true", help="start from the exported weights instead of from random ones"
+    )
     parser.add_argument(
         "--weights",
         type=Path,
@@ -575,7 +629,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     arguments.weights.mkdir(parents=True, exist_ok=True)
     record = train(
-        lambda device: JudgeStage(device, arguments.vae), weights=arguments.weights, images=arguments.images
+        lambda device: JudgeStage(device, arguments.vae),
+        weights=arguments.weights,
+        images=arguments.images,
+        further=arguments.further,
+        learning_rate=arguments.learning_rate,
     )
     for name, score in record["scores"][-1].items():
         print(f"{name:>28}  {score:.4f}" if isinstance(score, float) else f"{name:>28}  {score}")

@@ -54,8 +54,10 @@ def test_what_learns_is_counted(backbone):
 
     shape, whole = learning("shape"), learning("shape", "all")
     assert 0 < shape < whole and learning("shape", "none") == 0
-    numbers = sum(p.numel() for p in escd.parts.parameters_of(backbone.unet, "encoder").values())
-    assert shape == 16 * numbers
+    encoder = escd.parts.parameters_of(backbone.unet, "encoder").values()
+    numbers, matrices = (sum(p.numel() for p in encoder if p.ndim > least) for least in (0, 1))
+    assert learning("shape", optimizer="adamw") == 16 * numbers
+    assert learning("shape", optimizer="muon") == 16 * numbers - 4 * matrices
     assert learning("shape", rank=1) < learning("shape", rank=2)
 
 

@@ -102,6 +102,31 @@ def test_defaults_follow_the_source():
     )
 
 
+def test_a_large_backbone_has_a_recipe_of_its_own(backbone, monkeypatch):
+    assert TuningConfig.of("shape", backbone=backbone) == TuningConfig.of("shape")
+    monkeypatch.setattr("escd.backbone.LARGE", 1)
+    config = TuningConfig.of("shape", backbone=backbone)
+    assert config.optimizer == "adamw" and config.learning_rate < TuningConfig.of("shape").learning_rate / 10
+    assert TuningConfig.of("shape", backbone=backbone, steps=7, learning_rate=0.5).learning_rate == 0.5
+    assert TuningConfig.of("shape", backbone=backbone, rank=4).learning_rate > config.learning_rate
+
+
+def test_either_optimizer_changes_every_parameter_of_the_part(backbone, picture):
+    learnt = {}
+    for kind in tuning.OPTIMIZERS:
+        config = quick("shape", optimizer=kind)
+        learnt[kind] = escd.customize(picture, "shape", backbone, config=config, progress=False)
+        assert set(learnt[kind].delta) == set(parameters_of(backbone.unet, "encoder"))
+        assert all(float(d.abs().sum()) > 0 for n, d in learnt[kind].delta.items() if "to_k" not in n), kind
+    kernel = "down_blocks.0.resnets.0.conv1.weight"
+    flat = {kind: c.delta[kernel].float().flatten(1) for kind, c in learnt.items()}
+    # Muon's step moves all directions of a matrix alike; Adam's has a few strong ones.
+    values = {kind: torch.linalg.svdvals(w) for kind, w in flat.items()}
+    uneven = {kind: float(s[0] / s[-1]) for kind, s in values.items()}
+    assert uneven["muon"] < 0.8 * uneven["adamw"]
+    assert learnt["muon"].delta[kernel].shape == backbone.unet.get_parameter(kernel).shape
+
+
 def test_halves_share_no_parameter(backbone, picture):
     shape = escd.customize(picture, "shape", backbone, config=quick("shape"), progress=False)
     look = escd.customize(picture, "appearance", backbone, config=quick("appearance"), progress=False)
@@ -149,7 +174,7 @@ def test_a_change_learnt_at_a_rank_is_that_change_and_travels_whole(
 ):
     before = {n: p.clone() for n, p in backbone.unet.named_parameters()}
     config = quick("shape", rank=2, conditioning=conditioning)
-    assert config.learning_rate == tuning.LOW_RANK_RATE * quick("shape").learning_rate
+    assert config.learning_rate == tuning.LOW_RANK_RATE * quick("shape", optimizer="adamw").learning_rate
     learnt = escd.customize(picture, "shape", backbone, config=config, progress=False)
     matrices = {n for n, p in parameters_of(backbone.unet, "encoder").items() if p.ndim > 1}
     assert set(learnt.delta) == matrices, "biases and norms stay"
@@ -185,7 +210,7 @@ def test_where_only_float16_is_fast_gradients_are_scaled(backbone, picture, monk
         lambda self, optimizer: scaled.append(self.get_scale()) or step(self, optimizer),
     )
     coarse = escd.customize(picture, "shape", backbone, config=quick("shape", steps=8), progress=False)
-    assert len(scaled) == 8 and min(scaled) > 1
+    assert len(scaled) == 8 * len(tuning.OPTIMIZERS) and min(scaled) > 1  # Muon leaves some to AdamW
     assert coarse.losses == pytest.approx(exact.losses, rel=0.05)
     assert any(change.abs().sum() > 0 for change in coarse.delta.values())
 
@@ -384,6 +409,13 @@ def test_without_a_silhouette_a_shape_changes_its_colours_and_the_whole_frame_is
 def test_bad_numbers_are_refused(backbone, picture, changes, error):
     with pytest.raises(error):
         escd.customize(picture, "shape", backbone, progress=False, **changes)
+
+
+def test_unknown_optimizers_and_muon_for_factors_are_refused():
+    with pytest.raises(ValueError, match="muon or adamw"):
+        TuningConfig.of("shape", optimizer="sgd")
+    with pytest.raises(ValueError, match="whole matrices"):
+        TuningConfig.of("shape", optimizer="muon", rank=2)
 
 
 def test_unknown_attribute_is_refused_with_the_known_ones(backbone, picture):
