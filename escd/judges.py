@@ -335,7 +335,7 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
     """Targets of each head for pictures; IGNORED (or -1 for colours) where the answer is not clear.
 
     shape (N,), pattern (N,), background (N,): class numbers, the last being "none of these"; colours (N, 9):
-    1, 0. Not clear is
+    1, 0; figure (N, 1, H, W): the object's coverage. Not clear is
 
     - an unnamed outline whose aligned IoU with a named shape is at least LIKE_NAMED;
     - everything but the background where more than HIDDEN of the object has the background's colour;
@@ -396,7 +396,8 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
     for target in (shape, pattern):
         target[hidden] = IGNORED
     colours[hidden] = -1
-    return {"shape": shape, "pattern": pattern, "colours": colours, "background": background}
+    named_targets = {"shape": shape, "pattern": pattern, "colours": colours, "background": background}
+    return named_targets | {"figure": batch.mask}
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
@@ -505,14 +506,12 @@ class JudgeStage:
         draws = world.Draws(self.world.seed, torch.arange(first, first + count, device=self.device))
         rows = draws.integer("row", 0, min(self.painted, self.bank))
         targets = {name: target[rows] for name, target in self.targets.items()}
-        targets["figure"] = targets["figure"].float()
         return spoil(self.images[rows].float(), draws), targets
 
     def _paint(self, index: Tensor) -> None:
         """Put the pictures with these numbers into the bank; the oldest go."""
         pictures, draws = self.world.batch(index), world.Draws(self.world.seed, index)
         targets, images = targets_of(pictures), pictures.image.clone()
-        targets["figure"] = pictures.mask.half()
         empty = (draws.uniform("empty") < 0.04).nonzero()[:, 0]
         if len(empty):
             images[empty] = self.world.backgrounds(index[empty])[0] * 2 - 1

@@ -68,9 +68,9 @@ VIEWS = {"shape": 192, "appearance": 64}
 DROPOUT = {"shape": 0.15, "appearance": 0.0}
 # Factors of a change start with one of the two at zero, and move the weights less for the same step.
 LOW_RANK_RATE = 5.0
-# A backbone of Stable Diffusion's size: what DreamBooth, LoRA and textual inversion are commonly run with there.
-# None of it was measured by this project. Muon would take longer than the step itself: some 0.4e12 operations for
-# each kernel of 1280 x 11520.
+# A backbone of Stable Diffusion's size: what DreamBooth, LoRA and textual inversion are commonly run with
+# there. None of it was measured by this project. Muon would take longer than the step itself: some 0.4e12
+# operations for each kernel of 1280 x 11520.
 LARGE_RECIPE = {
     "optimizer": {"shape": "adamw", "appearance": "adamw"},
     "learning_rate": {"shape": 1e-5, "appearance": 1e-5},

@@ -1,5 +1,7 @@
 """The judges that ship read held-out pictures after the autoencoder; the rules of what is clear; training."""
 
+import json
+
 import pytest
 import torch
 
@@ -129,6 +131,23 @@ def test_training_learns_resumes_and_exports(tmp_path, monkeypatch):
     assert one.shape == (2, HEADS["shape"]) and not torch.equal(one, other)
     state = torch.load(tmp_path / "runs" / "judges" / "state.pt", weights_only=True)
     assert state["seen"] == 192
+    (tmp_path / "runs" / "judges" / "state.pt").unlink()
+    judges.main([*arguments, "--images", "64", "--further", "--learning-rate", "1e-9"])
+    further = load_judges(weights).network(image)["shape"]
+    assert (further - other).abs().max() < 0.3 * (further - one).abs().max(), (
+        "goes on from the exported weights"
+    )
+    (earlier,) = json.loads((weights / "training.json").read_text())["judges"]["earlier"]
+    assert earlier["images"] == 192
+
+
+def test_the_figure_is_found_on_cluttered_grounds(shipped):
+    batch = World(seed=31, named_shapes=0.5, named_appearances=0.5).batch(range(256))
+    cluttered = batch.background == NONE
+    found = shipped.network.read(batch.image[cluttered])[1] > 0
+    mask = batch.mask[cluttered] > 0.5
+    alike = (found & mask).sum((1, 2, 3)) / (found | mask).sum((1, 2, 3))
+    assert cluttered.sum() > 20 and alike.median() > 0.95 and (alike > 0.8).float().mean() > 0.9
 
 
 def test_the_loss_falls_on_one_batch():
