@@ -133,10 +133,9 @@ def test_training_learns_resumes_and_exports(tmp_path, monkeypatch):
     assert state["seen"] == 192
     (tmp_path / "runs" / "judges" / "state.pt").unlink()
     judges.main([*arguments, "--images", "64", "--further", "--learning-rate", "1e-9"])
-    further = load_judges(weights).network(image)["shape"]
-    assert (further - other).abs().max() < 0.3 * (further - one).abs().max(), (
-        "goes on from the exported weights"
-    )
+    further = load_judges(weights).network
+    pairs = zip(further.parameters(), again.network.parameters(), strict=True)
+    assert all(torch.allclose(new, old, atol=1e-4) for new, old in pairs), "goes on from the exported weights"
     (earlier,) = json.loads((weights / "training.json").read_text())["judges"]["earlier"]
     assert earlier["images"] == 192
 
@@ -167,5 +166,5 @@ def test_the_loss_falls_on_one_batch():
 
 
 def test_the_judge_is_small_and_knows_every_name():
-    assert 0.3e6 < sum(p.numel() for p in Judge().parameters()) < 1e6
+    assert 0.3e6 < sum(p.numel() for p in Judge().parameters()) < 1.5e6
     assert set(COLOUR_RGB) == set(COLOURS)
