@@ -22,8 +22,8 @@ from .halves import down_path
 from .parts import parameters_of
 from .tuning import NO_PART, Draws, TuningConfig, fast_arithmetic, predicted, runs_in
 
-WEIGHT = 4  # bytes of a number that learns: it is kept in single precision, as are its gradient and its
-MOMENTS = {"adamw": 2, "muon": 1}  # moments; Muon is for matrices
+WEIGHT = 4  # bytes of a number that learns; its gradient and its moments take as many each
+MOMENTS = {"adamw": 2, "muon": 1}
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def tuning_cost(backbone: Backbone, config: TuningConfig) -> TuningCost:
                 loss = predicted(unet, weights, seen, text.requires_grad_(), config.conditioning).sum()
             loss.backward()
     frozen = sum(p.nbytes for module in backbone.modules.values() for p in module.parameters())
+    # Muon is for matrices; what is none, AdamW changes.
     learning = sum(
         _learns(p, config.rank) * WEIGHT * (2 + MOMENTS[config.optimizer if p.ndim > 1 else "adamw"])
         for p in trained.values()

@@ -179,7 +179,11 @@ def _frame_fit() -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Figure(nn.Module):
-    """Tells the figure from the ground: (N, 7, S, S) -> logits (N, 1, S, S), at half size and coarser."""
+    """Tells the figure from the ground: (N, 7, S, S) -> logits (N, 1, S, S), at half size and coarser.
+
+    It is given the picture, its difference from the plane of `Judge.apart_from_ground`, and what stands off
+    that plane.
+    """
 
     def __init__(self, channels: int = 7, widths: tuple[int, ...] = (24, 48, 64)) -> None:
         super().__init__()
@@ -396,8 +400,8 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
     for target in (shape, pattern):
         target[hidden] = IGNORED
     colours[hidden] = -1
-    named_targets = {"shape": shape, "pattern": pattern, "colours": colours, "background": background}
-    return named_targets | {"figure": batch.mask}
+    targets = {"shape": shape, "pattern": pattern, "colours": colours, "background": background}
+    return targets | {"figure": batch.mask}
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ PROMPTS = {
 
 # What changes the matrices and kernels of a part. Muon learns more in as many steps (notebook 3).
 OPTIMIZERS = ("muon", "adamw")
-OPTIMIZER = {"shape": "muon", "appearance": "muon"}
+OPTIMIZER = "muon"
 SETTLING = {"muon": 0.6, "adamw": 0.2}  # share of the steps in which the rate falls to zero
 # Learning rate and steps for each half of the UNet. The halves differ in size and depth, so one rate for both
 # would compare rates, not halves.
@@ -63,21 +63,16 @@ STEPS = {"shape": 320, "appearance": 40}
 WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
 # How many differently augmented views of the reference there are, and the share of the draws under the empty
 # prompt. With more of the first a shape is learnt better; with the second the rest of a prompt is obeyed more
-# (notebook 3).
+# (trials on an earlier training of `mini`, with AdamW).
 VIEWS = {"shape": 192, "appearance": 64}
 DROPOUT = {"shape": 0.15, "appearance": 0.0}
 # Factors of a change start with one of the two at zero, and move the weights less for the same step.
 LOW_RANK_RATE = 5.0
 # A backbone of Stable Diffusion's size: what DreamBooth, LoRA and textual inversion are commonly run with
-# there. None of it was measured by this project. Muon would take longer than the step itself: some 0.4e12
-# operations for each kernel of 1280 x 11520.
-LARGE_RECIPE = {
-    "optimizer": {"shape": "adamw", "appearance": "adamw"},
-    "learning_rate": {"shape": 1e-5, "appearance": 1e-5},
-    "word_learning_rate": {"shape": 5e-4, "appearance": 5e-4},
-    "batch_size": {"shape": 1, "appearance": 1},
-    "steps": {"shape": 400, "appearance": 250},
-}
+# there. None of it was measured by this project. Muon is left out for its arithmetic: some 0.4e12 operations
+# for each kernel of 1280 x 11520.
+LARGE_RECIPE = {"optimizer": "adamw", "learning_rate": 1e-5, "word_learning_rate": 5e-4, "batch_size": 1}
+LARGE_STEPS = {"shape": 400, "appearance": 250}
 LARGE_RANK_RATE = 1e-4
 
 # Who reads the pseudo-word while it is learnt, and where its gradient comes from.
@@ -169,7 +164,7 @@ class TuningConfig:
         if half is None:
             half = "encoder" if part.startswith("down") else "decoder" if part.startswith("up") else "all"
         given = {k: v for k, v in changes.items() if v is not None}
-        optimizer = given.get("optimizer", "adamw" if "rank" in given else OPTIMIZER[recipe])
+        optimizer = given.get("optimizer", "adamw" if "rank" in given else OPTIMIZER)
         rate = RATES[optimizer][recipe][half] if optimizer in OPTIMIZERS else 1.0  # refused by its check
         defaults = {
             "attribute": attribute.name,
@@ -183,7 +178,7 @@ class TuningConfig:
             "dropout": DROPOUT[recipe],
         }
         if backbone is not None and backbone.large:
-            defaults |= {name: value[recipe] for name, value in LARGE_RECIPE.items()}
+            defaults |= LARGE_RECIPE | {"steps": LARGE_STEPS[recipe]}
             if "rank" in given:
                 defaults["learning_rate"] = LARGE_RANK_RATE
         return cls(**defaults | given)
