@@ -343,9 +343,10 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
 
     - an unnamed outline whose aligned IoU with a named shape is at least LIKE_NAMED;
     - everything but the background where more than HIDDEN of the object has the background's colour;
-    - the pattern of an unnamed material of a PATTERN_LIKE family, or nearly even (FLAT); of a gradient of one
-      colour, which side light makes of a solid one too; of any whose second tone covers less than SHOWN of
-      the object; and of all but a solid one where the object is nowhere WIDE px wide;
+    - the pattern of an unnamed material of a PATTERN_LIKE family, or nearly even (FLAT; `faded` asks the same
+      of what became of the picture); of a gradient of one colour, which side light makes of a solid one too;
+      of any whose second tone covers less than SHOWN of the object; and of all but a solid one where the
+      object is nowhere WIDE px wide;
     - the colours where a named one covers less than SHOWN of the object (in a gradient: comes within
       NEAR_NAMED of its tone on less), or where an unnamed material shows as much of a colour within
       NEAR_NAMED of a named one;
@@ -381,8 +382,7 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
     least = torch.minimum(_share(reached[..., 0], inside), _share(reached[..., 1], inside))
     faint |= (batch.pattern == PATTERNS.index("gradient")) & ~single & (least < SHOWN)
     solid, gradient = batch.pattern == PATTERNS.index("solid"), batch.pattern == PATTERNS.index("gradient")
-    spread = _mean((lab - _mean(lab, inside)[:, None, None]).square(), inside).sum(1).sqrt()
-    like |= spread < FLAT
+    like |= _deviation(lab, inside) < FLAT
     thick = -F.max_pool2d(-inside[:, None].float(), WIDE, 1, WIDE // 2)  # centres of squares that fit inside
     thin = ~thick.flatten(1).any(1)
     pattern[(like & ~named) | (gradient & single) | (named & ~solid & faint) | (thin & ~solid)] = IGNORED
@@ -402,6 +402,23 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
     colours[hidden] = -1
     targets = {"shape": shape, "pattern": pattern, "colours": colours, "background": background}
     return targets | {"figure": batch.mask}
+
+
+def faded(images: Tensor, targets: dict[str, Tensor]) -> Tensor:
+    """Which of N pictures show an unnamed material nearly even (FLAT), as autoencoders make fine grain: (N,).
+
+    `targets_of` looks at pictures as they are rendered; this is its rule for what became of them, (N, 3, H,
+    W). A pixel at the object's edge, where colours run into each other, does not count.
+    """
+    unnamed = (targets["pattern"] == len(PATTERNS)) & targets["figure"].flatten(1).any(1)
+    inside = -F.max_pool2d(-(targets["figure"] > 0.98).float(), 3, 1, 1)[:, 0] > 0
+    lab = torch.from_numpy(measure.to_lab(images)).to(images.device)
+    return unnamed & (_deviation(lab, inside) < FLAT)
+
+
+def _deviation(lab: Tensor, inside: Tensor) -> Tensor:
+    """Root mean square CIELAB distance from the mean, (N,), of lab (N, H, W, 3) inside (N, H, W)."""
+    return _mean((lab - _mean(lab, inside)[:, None, None]).square(), inside).sum(1).sqrt()
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
@@ -497,7 +514,7 @@ class JudgeStage:
         self.painted = 0  # pictures painted since this process began
         self.images = torch.empty(self.bank, 3, SIZE, SIZE, dtype=torch.half, device=device)
         self.targets: dict[str, Tensor] = {}
-        self.fixed: dict[str, tuple[Tensor, Tensor, dict[str, Tensor]]] = {}
+        self.fixed: dict[str, dict[str, tuple[Tensor, dict[str, Tensor]]]] = {}
 
     def load(self, folder: Path) -> None:
         self.module.judge.load_state_dict(
@@ -510,7 +527,9 @@ class JudgeStage:
         draws = world.Draws(self.world.seed, torch.arange(first, first + count, device=self.device))
         rows = draws.integer("row", 0, min(self.painted, self.bank))
         targets = {name: target[rows] for name, target in self.targets.items()}
-        return spoil(self.images[rows].float(), draws), targets
+        images = spoil(self.images[rows].float(), draws)
+        targets["pattern"][faded(images, targets)] = IGNORED
+        return images, targets
 
     def _paint(self, index: Tensor) -> None:
         """Put the pictures with these numbers into the bank; the oldest go."""
@@ -541,33 +560,32 @@ class JudgeStage:
                 latents = latents + off * draws.uniform("off", 1, 1, 1, high=0.17)
             return self.vae.decode(latents).sample.float().clamp(-1, 1)
 
-    def held_out(self, split: str, count: int = 1024) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Fixed pictures no training saw: as rendered, after the autoencoder, and their targets."""
+    def held_out(self, split: str, count: int = 1024) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+        """Fixed pictures no training saw, rendered and decoded (after the autoencoder), and their targets."""
         if split not in self.fixed:
             unseen = World(
                 seed=9015, split=split, named_shapes=0.5, named_appearances=0.5, device=self.device
             )
             parts = [unseen.batch(range(first, first + 128)) for first in range(0, count, 128)]
             targets = [targets_of(part) for part in parts]
-            self.fixed[split] = (
-                torch.cat([part.image for part in parts]),
-                torch.cat([self.reconstruct(part.image) for part in parts]),
-                {name: torch.cat([target[name] for target in targets]) for name in HEADS},
-            )
+            rendered = torch.cat([part.image for part in parts])
+            decoded = torch.cat([self.reconstruct(part.image) for part in parts])
+            clear = {name: torch.cat([target[name] for target in targets]) for name in targets[0]}
+            left = clear | {"pattern": clear["pattern"].masked_fill(faded(decoded, clear), IGNORED)}
+            self.fixed[split] = {"rendered": (rendered, clear), "decoded": (decoded, left)}
         return self.fixed[split]
 
     def evaluate(self) -> dict[str, float]:
         judges, scores = Judges(self.module.judge), {}
         for split in ("train", "heldout"):
-            rendered, decoded, targets = self.held_out(split)
-            for kind, images in (("rendered", rendered), ("decoded", decoded)):
+            for kind, (images, targets) in self.held_out(split).items():
                 right = accuracies(judges(images), targets)
                 scores |= {f"{name}, {split}, {kind}": round(right[name], 4) for name in right}
         return scores
 
     def grid(self, path: Path) -> None:
         """What the judge gets wrong after the autoencoder."""
-        _, decoded, targets = self.held_out("train")
+        decoded, targets = self.held_out("train")["decoded"]
         seen = Judges(self.module.judge)(decoded)
         wrong = torch.zeros(len(decoded), dtype=torch.bool, device=decoded.device)
         for name in ("shape", "pattern", "background"):

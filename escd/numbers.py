@@ -25,6 +25,7 @@ from safetensors import safe_open
 from . import backbone as backbones
 from . import records
 from .customization import ATTRIBUTES, Customization
+from .judges import HEADS
 from .measure import Interval, paired_bootstrap
 from .records import Record
 from .references import Reference, load_references
@@ -365,7 +366,7 @@ def numbers() -> dict[str, str]:
         "backbone.parameters_m": f"{sum(_parameters(path) for path in weights) / 1e6:.1f}",
         "backbone.mb": f"{sum(path.stat().st_size for path in weights) / 1e6:.0f}",
         # of the head that is right least often
-        "backbone.judge_accuracy": f"{100 * min(judges.metrics.values()):.1f}",
+        "backbone.judge_accuracy": f"{100 * min(judges.metrics[name] for name in HEADS):.1f}",
         "obedience.prompts": str(obedience.config["prompts"]),
     }
     for name, key in (("background",) * 2, ("colours", "colour"), ("pattern",) * 2, ("shape",) * 2):

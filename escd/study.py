@@ -33,7 +33,18 @@ from . import measure, records, world
 from .artefacts import low_rank, relative_error
 from .backbone import Backbone, load_backbone
 from .customization import ATTRIBUTES, Customization, load_customization
-from .judges import WEIGHTS, Judgement, Judges, accuracies, load_judges, obeyed, targets_of
+from .judges import (
+    HEADS,
+    IGNORED,
+    WEIGHTS,
+    Judgement,
+    Judges,
+    accuracies,
+    faded,
+    load_judges,
+    obeyed,
+    targets_of,
+)
 from .measure import Interval, paired_bootstrap
 from .pipeline import ESCDPipeline
 from .references import (
@@ -526,15 +537,18 @@ class Study:
         backbone, seen, targets = self.backbone(config.backbone), [], []
         for first in range(0, config.pictures, 128):
             part = unseen.batch(range(first, min(first + 128, config.pictures)))
-            seen.append(
-                self.judges()(backbone.decode_latents(backbone.encode_images(part.image)).float().cpu())
-            )
-            targets.append(targets_of(part))
+            decoded = backbone.decode_latents(backbone.encode_images(part.image)).float().cpu()
+            seen.append(self.judges()(decoded))
+            answers = targets_of(part)
+            answers["pattern"][faded(decoded, answers)] = IGNORED
+            targets.append(answers)
         joined = {
             field.name: torch.cat([getattr(s, field.name) for s in seen]) for field in fields(Judgement)
         }
-        answers = {name: torch.cat([target[name] for target in targets]) for name in targets[0]}
-        return accuracies(Judgement(**joined), answers)
+        answers = {name: torch.cat([target[name] for target in targets]) for name in HEADS}
+        clear = {name: answer.view(len(answer), -1)[:, 0] >= 0 for name, answer in answers.items()}
+        judged = {f"{name}_judged": float(which.float().mean()) for name, which in clear.items()}
+        return accuracies(Judgement(**joined), answers) | judged
 
 
 @cache

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from escd import judges, measure
-from escd.judges import HEADS, IGNORED, Judge, Judgement, Judges, accuracies, load_judges, obeyed, targets_of
+from escd.judges import (
+    HEADS,
+    IGNORED,
+    Judge,
+    Judgement,
+    Judges,
+    accuracies,
+    faded,
+    load_judges,
+    obeyed,
+    targets_of,
+)
 from escd.pretrain import loop
 from escd.world import BACKGROUND_RGB, COLOUR_RGB, COLOURS, NONE, PATTERNS, SHAPES, World
 
@@ -28,7 +39,9 @@ def test_shipped_judges_after_the_autoencoder(pictures, shipped):
     vae = AutoencoderKL.from_pretrained(judges.WEIGHTS / "mini" / "vae", torch_dtype=torch.float32).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         decoded = vae.decode(vae.encode(pictures.image).latent_dist.mode()).sample.float().clamp(-1, 1)
-    scores = accuracies(shipped(decoded), targets_of(pictures))
+    targets = targets_of(pictures)
+    targets["pattern"][faded(decoded, targets)] = IGNORED
+    scores = accuracies(shipped(decoded), targets)
     print({name: round(score, 4) for name, score in scores.items()})
     for name, score in scores.items():
         assert score >= {"shape": 0.95, "background": 0.98}.get(name, 0.8), name
@@ -62,6 +75,16 @@ def test_rules_of_what_is_clear(pictures):
     for name in ("shape", "pattern", "background"):
         assert 0.01 < (targets[name] == IGNORED).float().mean() < 0.45, name
     assert (targets["colours"][:, 0] == -1).float().mean() < 0.45
+
+
+def test_a_material_that_lost_its_grain_is_not_clear(pictures):
+    targets = targets_of(pictures)
+    unnamed = targets["pattern"] == len(PATTERNS)
+    assert unnamed.sum() > 10 and faded(pictures.image, targets).sum() <= 0.05 * unnamed.sum()
+    even = pictures.image * (1 - pictures.mask) + 0.3 * pictures.mask
+    assert (faded(even, targets) == unnamed).all()  # a named pattern has its own rules
+    targets["figure"][unnamed] = 0
+    assert not faded(even, targets).any()  # an empty picture shows no pattern
 
 
 def test_an_object_of_the_backgrounds_colour_is_not_clear():
@@ -118,7 +141,7 @@ def test_training_learns_resumes_and_exports(tmp_path, monkeypatch):
 
     def small(stage):
         batch = World(seed=7).batch(range(8))
-        return batch.image, batch.image, targets_of(batch)
+        return {"decoded": (batch.image, targets_of(batch))}
 
     weights = tmp_path / "judges"
     arguments = ["--weights", str(weights), "--vae", str(judges.WEIGHTS / "mini" / "vae")]
