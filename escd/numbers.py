@@ -367,6 +367,7 @@ def numbers() -> dict[str, str]:
         "backbone.mb": f"{sum(path.stat().st_size for path in weights) / 1e6:.0f}",
         # of the head that is right least often
         "backbone.judge_accuracy": f"{100 * min(judges.metrics[name] for name in HEADS):.1f}",
+        "backbone.judged_patterns": f"{100 * judges.metrics['pattern_judged']:.0f}",
         "obedience.prompts": str(obedience.config["prompts"]),
     }
     for name, key in (("background",) * 2, ("colours", "colour"), ("pattern",) * 2, ("shape",) * 2):
@@ -480,8 +481,9 @@ def _summary(values: Mapping[str, str]) -> str:
         + " |",
         "",
         f"Of {v['obedience.prompts']} fresh prompts, one image each, the judges (right on at least "
-        f"{v['backbone.judge_accuracy']} % of held-out renders after the autoencoder) find the background "
-        f"obeyed in {v['obedience.background']} %, the colours in {v['obedience.colour']} %, the pattern in "
+        f"{v['backbone.judge_accuracy']} % of held-out renders after the autoencoder, where the answer is clear: "
+        f"for the pattern on {v['backbone.judged_patterns']} % of them) find the background obeyed in "
+        f"{v['obedience.background']} %, the colours in {v['obedience.colour']} %, the pattern in "
         f"{v['obedience.pattern']} % and the shape in {v['obedience.shape']} %.",
         "",
         f"One reference image, {v['study.references']} references, {v['study.prompts']} prompts each, "
