@@ -481,8 +481,8 @@ def _summary(values: Mapping[str, str]) -> str:
         + " |",
         "",
         f"Of {v['obedience.prompts']} fresh prompts, one image each, the judges (right on at least "
-        f"{v['backbone.judge_accuracy']} % of held-out renders after the autoencoder, where the answer is clear: "
-        f"for the pattern on {v['backbone.judged_patterns']} % of them) find the background obeyed in "
+        f"{v['backbone.judge_accuracy']} % of held-out renders after the autoencoder whose answer is clear, "
+        f"which for the pattern are {v['backbone.judged_patterns']} %) find the background obeyed in "
         f"{v['obedience.background']} %, the colours in {v['obedience.colour']} %, the pattern in "
         f"{v['obedience.pattern']} % and the shape in {v['obedience.shape']} %.",
         "",
