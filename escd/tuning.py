@@ -94,6 +94,8 @@ class TuningConfig:
     learning_rate: float
     # Of the pseudo-word.
     word_learning_rate: float = 1e-3
+    # Of the part's biases and norms; None: as its matrices and kernels.
+    bias_learning_rate: float | None = None
     # What changes the part's matrices and kernels: "muon" (Jordan et al. 2024), or "adamw", which changes all
     # the rest either way.
     optimizer: str = "adamw"
@@ -136,8 +138,10 @@ class TuningConfig:
             raise ValueError("Muon is for whole matrices; the factors of a rank learn with optimizer='adamw'")
         if self.conditioning not in CONDITIONING:
             raise ValueError(f"conditioning is {' or '.join(CONDITIONING)}, not {self.conditioning!r}")
-        for name in ("learning_rate", "word_learning_rate"):
+        for name in ("learning_rate", "word_learning_rate", "bias_learning_rate"):
             value = getattr(self, name)
+            if name == "bias_learning_rate" and value is None:
+                continue
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
         for name in ("augmentation", "dropout"):
@@ -173,12 +177,14 @@ class TuningConfig:
             "steps": STEPS[recipe],
             "learning_rate": rate * (LOW_RANK_RATE if "rank" in given else 1.0),
             "word_learning_rate": WORD_RATES[recipe],
+            # AdamW changes them either way.
+            "bias_learning_rate": RATES["adamw"][recipe][half] if optimizer == "muon" else None,
             "optimizer": optimizer,
             "views": VIEWS[recipe],
             "dropout": DROPOUT[recipe],
         }
         if backbone is not None and backbone.large:
-            defaults |= LARGE_RECIPE | {"steps": LARGE_STEPS[recipe]}
+            defaults |= LARGE_RECIPE | {"steps": LARGE_STEPS[recipe], "bias_learning_rate": None}
             if "rank" in given:
                 defaults["learning_rate"] = LARGE_RANK_RATE
         return cls(**defaults | given)
@@ -412,15 +418,18 @@ class _Factors(_Change):
 
 
 def _optimizers(v: Tensor, change: _Change, config: TuningConfig) -> list[torch.optim.Optimizer]:
-    """What changes the pseudo-word and, with the rate of the weights, the part."""
-    muon = config.optimizer == "muon"
-    matrices = [w for w in change.parameters() if muon and w.ndim > 1]
-    others = [w for w in change.parameters() if not (muon and w.ndim > 1)]
-    groups = [{"params": [v], "lr": config.word_learning_rate}]
-    if others:
-        groups.append({"params": others, "lr": config.learning_rate})
+    """What changes the pseudo-word, and the part's matrices and its biases and norms, each at its rate."""
+    matrices = [w for w in change.parameters() if w.ndim > 1]
+    vectors = [w for w in change.parameters() if w.ndim < 2]
+    muon = config.optimizer == "muon" and matrices
+    groups = [
+        {"params": [v], "lr": config.word_learning_rate},
+        {"params": vectors, "lr": config.bias_learning_rate or config.learning_rate},
+        {"params": [] if muon else matrices, "lr": config.learning_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
     optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)]
-    if matrices:
+    if muon:
         # Steps as long as AdamW's, so that one rate fits both.
         optimizers.append(
             torch.optim.Muon(

@@ -107,6 +107,7 @@ def test_a_large_backbone_has_a_recipe_of_its_own(backbone, monkeypatch):
     monkeypatch.setattr("escd.backbone.LARGE", 1)
     config = TuningConfig.of("shape", backbone=backbone)
     assert config.optimizer == "adamw" and config.learning_rate < TuningConfig.of("shape").learning_rate / 10
+    assert config.bias_learning_rate is None
     assert TuningConfig.of("shape", backbone=backbone, steps=7, learning_rate=0.5).learning_rate == 0.5
     assert TuningConfig.of("shape", backbone=backbone, rank=4).learning_rate > config.learning_rate
 
@@ -125,6 +126,21 @@ def test_either_optimizer_changes_every_parameter_of_the_part(backbone, picture)
     uneven = {kind: float(s[0] / s[-1]) for kind, s in values.items()}
     assert uneven["muon"] < 0.8 * uneven["adamw"]
     assert learnt["muon"].delta[kernel].shape == backbone.unet.get_parameter(kernel).shape
+
+
+@pytest.mark.parametrize("kind", tuning.OPTIMIZERS)
+def test_biases_and_norms_have_a_rate_of_their_own(backbone, picture, kind):
+    def moved(**changes):
+        config = quick("shape", optimizer=kind, learning_rate=1e-3, **changes)
+        delta = escd.customize(picture, "shape", backbone, config=config, progress=False).delta
+        return {vector: max(float(d.abs().max()) for d in delta.values() if (d.ndim < 2) == vector)
+                for vector in (True, False)}  # fmt: skip
+
+    same, slow = moved(bias_learning_rate=None), moved(bias_learning_rate=1e-5)
+    assert same[True] > 1e-4 > 5e-5 > slow[True] > 0
+    assert slow[False] > 0.5 * same[False]
+    with pytest.raises(ValueError, match="bias_learning_rate must be a positive number"):
+        quick("shape", bias_learning_rate=0.0)
 
 
 def test_halves_share_no_parameter(backbone, picture):
