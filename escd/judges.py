@@ -46,6 +46,8 @@ HEADS = {
     "background": len(BACKGROUNDS) + 1,
 }
 
+MIRRORED = ((), (-1,), (-2,), (-2, -1))  # a picture and its mirror images show one pattern
+
 # When a picture is too ambiguous to be judged
 LIKE_NAMED = 0.8  # an unnamed outline whose aligned IoU with a named one is at least this has no right answer
 PATTERN_LIKE = (
@@ -250,11 +252,19 @@ class Judges:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, batch_size: int = 128) -> Judgement:
-        """Judge images (N, 3, H, W) in [-1, 1]; of another size than 64 px they are resized."""
+        """Judge images (N, 3, H, W) in [-1, 1]; of another size than 64 px they are resized.
+
+        The pattern is what the picture and its mirror images (`MIRRORED`) are together likeliest to show.
+        """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are (N, 3, H, W), not {tuple(images.shape)}")
         device = next(self.network.parameters()).device
-        parts = [self.network(part.float().to(device)) for part in images.split(batch_size)]
+        parts = []
+        for part in images.split(batch_size):
+            part = part.float().to(device)
+            read = [self.network(part.flip(axes) if axes else part) for axes in MIRRORED]
+            pattern = torch.stack([logits["pattern"].log_softmax(-1) for logits in read]).sum(0)
+            parts.append(read[0] | {"pattern": pattern})
         return judgement(
             {name: torch.cat([part[name] for part in parts]).to(images.device) for name in HEADS}
         )

@@ -50,7 +50,7 @@ SETTLING = {"muon": 0.6, "adamw": 0.2}  # share of the steps in which the rate f
 # would compare rates, not halves.
 RATES = {
     "muon": {
-        "shape": {"encoder": 8e-3, "decoder": 3e-3, "all": 3e-3},
+        "shape": {"encoder": 1.2e-2, "decoder": 3e-3, "all": 3e-3},
         "appearance": {"encoder": 1e-3, "decoder": 1e-3, "all": 1e-3},
     },
     "adamw": {

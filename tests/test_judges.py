@@ -51,6 +51,12 @@ def test_shipped_judges_after_the_autoencoder(pictures, shipped):
     assert same >= 0.9
 
 
+def test_a_mirror_image_shows_the_same_pattern(pictures, shipped):
+    seen = shipped(pictures.image[:48]).pattern
+    for axes in judges.MIRRORED[1:]:
+        assert (shipped(pictures.image[:48].flip(axes)).pattern == seen).all()
+
+
 def test_an_empty_picture_shows_none(shipped):
     grounds = torch.tensor(list(BACKGROUND_RGB.values()))[:, :, None, None].expand(-1, 3, 64, 64) * 2 - 1
     seen = shipped(grounds)
