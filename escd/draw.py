@@ -315,7 +315,7 @@ def diagram_encoder() -> Drawing:
         if i:
             canvas.arrow((middles[i - 1] + 0.30 * pitch, top), (x - 0.30 * pitch, top))
     grids = " and ".join(f"{grid} × {grid}" for grid in GRIDS)
-    canvas.box(((left + right) / 2, 1.56), right - left, 0.20, f"means over {grids} of the frame", size=6.2)
+    canvas.box(((left + right) / 2, 1.56), right - left, 0.20, f"means over a grid of {grids}", size=6.2)
 
     # F_down, in pieces as long as each map's share of it
     start = left
