@@ -481,10 +481,10 @@ def _summary(values: Mapping[str, str]) -> str:
         + " |",
         "",
         f"Of {v['obedience.prompts']} fresh prompts, one image each, the judges (right on at least "
-        f"{v['backbone.judge_accuracy']} % of held-out renders after the autoencoder whose answer is clear, "
-        f"which for the pattern are {v['backbone.judged_patterns']} %) find the background obeyed in "
-        f"{v['obedience.background']} %, the colours in {v['obedience.colour']} %, the pattern in "
-        f"{v['obedience.pattern']} % and the shape in {v['obedience.shape']} %.",
+        f"{v['backbone.judge_accuracy']} % of the held-out renders whose answer is clear after the "
+        f"autoencoder; for the pattern these are {v['backbone.judged_patterns']} % of them) find the "
+        f"background obeyed in {v['obedience.background']} %, the colours in {v['obedience.colour']} %, "
+        f"the pattern in {v['obedience.pattern']} % and the shape in {v['obedience.shape']} %.",
         "",
         f"One reference image, {v['study.references']} references, {v['study.prompts']} prompts each, "
         f"{v['study.sampler_steps']} DDIM steps, guidance {v['study.guidance']}:",
