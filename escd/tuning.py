@@ -94,7 +94,7 @@ class TuningConfig:
     learning_rate: float
     # Of the pseudo-word.
     word_learning_rate: float = 1e-3
-    # Of the part's biases and norms; None: as its matrices and kernels.
+    # Of the part's biases and norms, and never more than `learning_rate`; None: the same.
     bias_learning_rate: float | None = None
     # What changes the part's matrices and kernels: "muon" (Jordan et al. 2024), or "adamw", which changes all
     # the rest either way.
@@ -422,9 +422,10 @@ def _optimizers(v: Tensor, change: _Change, config: TuningConfig) -> list[torch.
     matrices = [w for w in change.parameters() if w.ndim > 1]
     vectors = [w for w in change.parameters() if w.ndim < 2]
     muon = config.optimizer == "muon" and matrices
+    slower = min(config.bias_learning_rate or config.learning_rate, config.learning_rate)
     groups = [
         {"params": [v], "lr": config.word_learning_rate},
-        {"params": vectors, "lr": config.bias_learning_rate or config.learning_rate},
+        {"params": vectors, "lr": slower},
         {"params": [] if muon else matrices, "lr": config.learning_rate},
     ]
     groups = [group for group in groups if group["params"]]

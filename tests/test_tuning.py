@@ -139,6 +139,7 @@ def test_biases_and_norms_have_a_rate_of_their_own(backbone, picture, kind):
     same, slow = moved(bias_learning_rate=None), moved(bias_learning_rate=1e-5)
     assert same[True] > 1e-4 > 5e-5 > slow[True] > 0
     assert slow[False] > 0.5 * same[False]
+    assert moved(bias_learning_rate=1.0) == same  # who lowers the rate lowers all of it
     with pytest.raises(ValueError, match="bias_learning_rate must be a positive number"):
         quick("shape", bias_learning_rate=0.0)
 
