@@ -353,10 +353,10 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
 
     - an unnamed outline whose aligned IoU with a named shape is at least LIKE_NAMED;
     - everything but the background where more than HIDDEN of the object has the background's colour;
-    - the pattern of an unnamed material of a PATTERN_LIKE family, or nearly even (FLAT; `faded` asks the same
-      of what became of the picture); of a gradient of one colour, which side light makes of a solid one too;
-      of any whose second tone covers less than SHOWN of the object; and of all but a solid one where the
-      object is nowhere WIDE px wide;
+    - the pattern of an unnamed material of a PATTERN_LIKE family, or nearly even (FLAT; `still_clear` asks
+      the same of what became of the picture); of a gradient of one colour, which side light makes of a solid
+      one too; of any whose second tone covers less than SHOWN of the object; and of all but a solid one where
+      the object is nowhere WIDE px wide;
     - the colours where a named one covers less than SHOWN of the object (in a gradient: comes within
       NEAR_NAMED of its tone on less), or where an unnamed material shows as much of a colour within
       NEAR_NAMED of a named one;
@@ -414,16 +414,18 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
     return targets | {"figure": batch.mask}
 
 
-def faded(images: Tensor, targets: dict[str, Tensor]) -> Tensor:
-    """Which of N pictures show an unnamed material nearly even (FLAT), as autoencoders make fine grain: (N,).
+def still_clear(images: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The targets of rendered pictures, for what became of them (N, 3, H, W).
 
-    `targets_of` looks at pictures as they are rendered; this is its rule for what became of them, (N, 3, H,
-    W). A pixel at the object's edge, where colours run into each other, does not count.
+    `targets_of` looks at pictures as they are rendered. Where an unnamed material is nearly even (FLAT) only
+    by now, as autoencoders make fine grain, its pattern is not clear any more. A pixel at the object's edge,
+    where colours run into each other, does not count.
     """
     unnamed = (targets["pattern"] == len(PATTERNS)) & targets["figure"].flatten(1).any(1)
     inside = -F.max_pool2d(-(targets["figure"] > 0.98).float(), 3, 1, 1)[:, 0] > 0
     lab = torch.from_numpy(measure.to_lab(images)).to(images.device)
-    return unnamed & (_deviation(lab, inside) < FLAT)
+    faded = unnamed & (_deviation(lab, inside) < FLAT)
+    return targets | {"pattern": targets["pattern"].masked_fill(faded, IGNORED)}
 
 
 def _deviation(lab: Tensor, inside: Tensor) -> Tensor:
@@ -538,8 +540,7 @@ class JudgeStage:
         rows = draws.integer("row", 0, min(self.painted, self.bank))
         targets = {name: target[rows] for name, target in self.targets.items()}
         images = spoil(self.images[rows].float(), draws)
-        targets["pattern"][faded(images, targets)] = IGNORED
-        return images, targets
+        return images, still_clear(images, targets)
 
     def _paint(self, index: Tensor) -> None:
         """Put the pictures with these numbers into the bank; the oldest go."""
@@ -581,8 +582,10 @@ class JudgeStage:
             rendered = torch.cat([part.image for part in parts])
             decoded = torch.cat([self.reconstruct(part.image) for part in parts])
             clear = {name: torch.cat([target[name] for target in targets]) for name in targets[0]}
-            left = clear | {"pattern": clear["pattern"].masked_fill(faded(decoded, clear), IGNORED)}
-            self.fixed[split] = {"rendered": (rendered, clear), "decoded": (decoded, left)}
+            self.fixed[split] = {
+                "rendered": (rendered, clear),
+                "decoded": (decoded, still_clear(decoded, clear)),
+            }
         return self.fixed[split]
 
     def evaluate(self) -> dict[str, float]:

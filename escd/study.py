@@ -35,14 +35,13 @@ from .backbone import Backbone, load_backbone
 from .customization import ATTRIBUTES, Customization, load_customization
 from .judges import (
     HEADS,
-    IGNORED,
     WEIGHTS,
     Judgement,
     Judges,
     accuracies,
-    faded,
     load_judges,
     obeyed,
+    still_clear,
     targets_of,
 )
 from .measure import Interval, paired_bootstrap
@@ -539,9 +538,7 @@ class Study:
             part = unseen.batch(range(first, min(first + 128, config.pictures)))
             decoded = backbone.decode_latents(backbone.encode_images(part.image)).float().cpu()
             seen.append(self.judges()(decoded))
-            answers = targets_of(part)
-            answers["pattern"][faded(decoded, answers)] = IGNORED
-            targets.append(answers)
+            targets.append(still_clear(decoded, targets_of(part)))
         joined = {
             field.name: torch.cat([getattr(s, field.name) for s in seen]) for field in fields(Judgement)
         }
