@@ -25,6 +25,17 @@ def test_world(capsys, monkeypatch):
     assert all(float(row.split()[1]) > 0 for row in rows[2:])
 
 
+def test_tuning_step(capsys, monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(
+        "sys.argv", ["tuning_step.py", "--rounds", "1", "--batch", "2", "--threads", str(threads)]
+    )
+    runpy.run_path(str(FOLDER / "tuning_step.py"), run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split(":")[0] for row in rows] == ["encoder", "decoder"]
+    assert all(float(row.split()[-1]) > 0 for row in rows)
+
+
 def test_tuning_cost(capsys, monkeypatch):
     arguments = ["--size", "small", "--pixels", "64", "--rounds", "1", "--steps", "1", "--device", "cpu"]
     chosen = ["--dtype", "float32", "--threads", "1", "--methods", "shape", "appearance, encoder"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import escd
 from escd import tuning
@@ -17,11 +20,14 @@ from escd.tuning import (
     PROMPTS,
     Draws,
     TuningConfig,
+    fast_arithmetic,
     predicted,
     read_ahead,
     recoloured,
     reshaped,
+    runs_in,
     views_of,
+    working_copy,
 )
 from escd.world import BACKGROUND_RGB, COLOURS, PATTERNS, SHAPES
 
@@ -157,6 +163,44 @@ def test_zero_steps_and_no_part(backbone, picture):
     assert word_only.delta == {} and word_only.steps == 3
     assert not torch.equal(word_only.pseudo_word, untuned.pseudo_word)
     escd.ESCDPipeline(backbone, shape=word_only)
+
+
+def test_the_working_copy_is_the_same_function_and_leaves_the_unet_alone(backbone, seen):
+    unet = backbone.unet
+    trained = parameters_of(unet, "decoder")
+    before = {name: id(p) for name, p in unet.named_parameters()}
+    processors = {name: type(p) for name, p in unet.attn_processors.items()}
+    network = working_copy(unet, trained)
+    text = backbone.encode_prompt(["a star shape"] * len(seen.t))
+    weights = {name: p.detach().clone().requires_grad_() for name, p in trained.items()}
+    found = []
+    for one in (unet, network):
+        with fast_arithmetic(unet.device):
+            out = predicted(one, weights, seen, text, "joint").float()
+            found.append((out.detach(), torch.autograd.grad(out.square().mean(), list(weights.values()))))
+    (own, by_own), (copied, by_copied) = found
+    # bfloat16 has eight bits; where the processor has none, the two agree much better
+    assert (own - copied).norm() < 0.02 * own.norm()
+    assert sum((a - b).norm() for a, b in zip(by_own, by_copied, strict=True)) < 0.05 * sum(
+        a.norm() for a in by_own
+    )
+    assert {name: id(p) for name, p in unet.named_parameters()} == before
+    assert {name: type(p) for name, p in unet.attn_processors.items()} == processors
+    # what learns is the UNet's own, the rest is rounded once
+    assert all(p is dict(unet.named_parameters())[n] for n, p in network.named_parameters() if n in trained)
+    rest = {p.dtype for n, p in network.named_parameters() if n not in trained}
+    assert rest == {runs_in(unet.device) or unet.dtype}
+
+
+def test_a_backbones_own_attention_processors_stay(backbone):
+    class Own(AttnProcessor2_0):
+        pass
+
+    unet = copy.deepcopy(backbone.unet)
+    first = next(iter(unet.attn_processors))
+    unet.set_attn_processor({n: Own() if n == first else p for n, p in unet.attn_processors.items()})
+    kept = working_copy(unet, {}).attn_processors
+    assert type(kept.pop(first)) is Own and AttnProcessor2_0 not in map(type, kept.values())
 
 
 def test_the_same_seed_is_the_same_customization(backbone, picture):
