@@ -124,13 +124,14 @@ def main(argv: list[str] | None = None) -> None:
     mine = folders[state.process_index :: state.num_processes]
     for folder in tqdm(mine, unit="checkpoint", disable=not state.is_local_main_process):
         config = CurveConfig(int(folder.name), arguments.prompts, arguments.references)
+        filters = folder / "filters"
         records.get(
             config,
             lambda config, folder=folder: score_checkpoint(config, folder),
             inputs={
                 "UNet": records.sha256(folder / "unet"),
                 # read only where something is tuned
-                **({"filters": records.sha256(folder / "filters")} if arguments.references else {}),
+                **({"filters": records.sha256(filters)} if arguments.references and filters.exists() else {}),
                 "judges": judges,
                 "references development": load_references(which="development").sha256,
             },
