@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -20,7 +22,7 @@ from escd.numbers import STAGES
 from escd.pretrain import loop
 from escd.pretrain.__main__ import STAGES as TRAINED
 from escd.pretrain.__main__ import WEIGHTS, main
-from escd.pretrain.autoencoder import AutoencoderLoss, start_linear
+from escd.pretrain.autoencoder import AutoencoderLoss, AutoencoderStage, start_linear
 from escd.pretrain.loop import LoopConfig, psnr, train
 from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
 from escd.pretrain.unet import (
@@ -365,3 +367,31 @@ def test_the_shipped_weights_are_small_safe_and_recorded():
     assert list(TRAINED) == list(STAGES), "the command trains what the notebooks and the paper report"
     for record in records.values():
         assert record["images"] > 0 and record["seconds"] > 0 and record["curve"] and record["scores"]
+
+
+def test_the_autoencoder_goes_on_with_its_decoder_alone(tmp_path, monkeypatch):
+    # The UNet has learnt the latents that the encoder makes.
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    shutil.copytree(WEIGHTS / "vae", tmp_path / "vae")
+    (tmp_path / "training.json").write_text((WEIGHTS / "training.json").read_text())
+
+    class Small(AutoencoderStage):
+        def batch(self, first: int, count: int) -> torch.Tensor:
+            return torch.rand(min(count, 64), 3, 64, 64) * 2 - 1
+
+        def evaluate(self) -> dict[str, float]:
+            return {}
+
+        def grid(self, path: Path) -> None:
+            pass
+
+    for images in (16, 32):  # the second is resumed
+        train(
+            lambda device: Small(device, tmp_path), weights=tmp_path, images=images, progress=False,
+            further=images == 16, evaluations=1,
+        )  # fmt: skip
+        before, after = (load_file(f / "vae/diffusion_pytorch_model.safetensors") for f in (WEIGHTS, tmp_path))
+        changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {"decoder", "post_quant_conv"}
+    configs = [json.loads((f / "vae/config.json").read_text()) for f in (WEIGHTS, tmp_path)]
+    assert configs[0]["scaling_factor"] == configs[1]["scaling_factor"]

@@ -136,7 +136,9 @@ class AutoencoderLoss(nn.Module):
         self.vae = make_autoencoder()
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        posterior = self.vae.encode(image).latent_dist
+        # No gradients where the encoder stays as it is.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.vae.quant_conv.weight.requires_grad):
+            posterior = self.vae.encode(image).latent_dist
         error = self.vae.decode(posterior.sample()).sample.float() - image
         # Differences weigh thin parts and texture, which the squared error alone blurs.
         edges = sum(error.diff(dim=d).abs().mean() for d in (-1, -2))
@@ -153,6 +155,7 @@ class AutoencoderStage:
     def __init__(self, device: torch.device, folder: Path) -> None:
         torch.manual_seed(11)
         self.module = AutoencoderLoss()
+        self.scaling: float | None = None  # that of the weights it goes on from
         self.heavy: list[nn.Module] = []
         self.world = World(seed=11, named_shapes=0.25, named_appearances=0.3, device=device)
         start_linear(self.module.vae, self.batch(10**6, 512).cpu())
@@ -161,8 +164,12 @@ class AutoencoderStage:
         self.device = device
 
     def load(self, folder: Path) -> None:
+        """Go on with the decoder alone: the UNet has learnt the latents that the encoder makes."""
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
         self.module.vae.load_state_dict(vae.state_dict())
+        self.scaling = vae.config.scaling_factor
+        for part in (self.module.vae.encoder, self.module.vae.quant_conv):
+            part.requires_grad_(False)
 
     def batch(self, first: int, count: int) -> Tensor:
         half = count // 2
@@ -185,7 +192,10 @@ class AutoencoderStage:
     def export(self, folder: Path) -> None:
         vae = make_autoencoder().to(self.device)
         vae.load_state_dict(self.module.vae.state_dict())
-        # The UNet wants latents of unit variance: SD's scaling_factor, measured on the world.
-        images = self.world.batch(range(10**6, 10**6 + 256)).image
-        vae.register_to_config(scaling_factor=round(float(1 / vae.encode(images).latent_dist.mean.std()), 5))
+        scaling = self.scaling
+        if scaling is None:
+            # The UNet wants latents of unit variance: SD's scaling_factor, measured on the world.
+            images = self.world.batch(range(10**6, 10**6 + 256)).image
+            scaling = round(float(1 / vae.encode(images).latent_dist.mean.std()), 5)
+        vae.register_to_config(scaling_factor=scaling)
         vae.half().save_pretrained(folder / "vae")

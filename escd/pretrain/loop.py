@@ -118,7 +118,11 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed + accelerator.process_index)
 
-    earlier: list[dict] = []
+    path = folder / "state.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    earlier: list[dict] = state.get("earlier", [])
+    if further or earlier:
+        stage.load(weights)  # before anything is asked which of its parameters learn
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim > 1]
     groups = [
@@ -130,13 +134,9 @@ def train(
     )
     seen, seconds, curve, scores = 0, 0.0, [], []
 
-    path = folder / "state.pt"
-    if further and not path.exists():
-        stage.load(weights)
     ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
-    if path.exists():
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    if state:
         learnt = dict(stage.module.named_parameters())
         for name, value in state["parameters"].items():
             learnt[name].data.copy_(value)
@@ -144,7 +144,6 @@ def train(
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         seen, seconds, curve, scores = state["seen"], state["seconds"], state["curve"], state["scores"]
-        earlier = state.get("earlier", [])
         accelerator.print(f"{stage.name}: resumed at {seen} images")
     elif further:
         before = json.loads((weights / "training.json").read_text())[stage.name]
