@@ -41,7 +41,9 @@ def main() -> None:
     prompts = ["a star shape"] * arguments.batch
     seen = Draws(x_t=x, t=t, target=x, inside=torch.ones_like(x[:, :1]), prompts=prompts)
     text = backbone.encode_prompt(prompts)
-    print(f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {arguments.threads} threads")
+    print(
+        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {arguments.threads} threads"
+    )
     for half in ("encoder", "decoder"):
         trained = parameters_of(backbone.unet, half)
         weights = {n: p.detach().clone().requires_grad_() for n, p in trained.items()}

@@ -1,8 +1,9 @@
-"""What `mini` can do at each checkpoint of its UNet's training: `python -m escd.curve` makes the records.
+"""What `mini` can do at each checkpoint of its training: `python -m escd.curve` makes the records.
 
-Training keeps the averaged UNet of every evaluation under `runs/pretrain/unet/checkpoints/<images>`. Each is
-asked a fixed set of prompts and tuned on a few development references, and the scores are kept as records,
-since the checkpoints themselves are not: so it shows whether more training still helps the method.
+Training keeps the averaged model of every evaluation under `runs/pretrain/<stage>/checkpoints/<images>`. Each
+UNet is asked a fixed set of prompts and tuned on a few development references, each autoencoder reconstructs
+photographs; the scores are kept as records, since the checkpoints themselves are not: so they show whether
+more training still helps the method.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from tqdm.auto import tqdm
 
 from . import records
@@ -26,12 +27,14 @@ from .fusion import AttributeFilter
 from .judges import WEIGHTS
 from .pretrain.loop import RUNS
 from .references import load_references
-from .study import ObedienceConfig, Study, StudyConfig
+from .study import ObedienceConfig, Study, StudyConfig, autoencoder_scores, image_sets
 from .tuning import TuningConfig
 
 # What each attribute's transfer and its leakage are retrieved by.
 SCORED = (("shape", "silhouette", "texture_material"), ("appearance", "material", "silhouette"))
-CHECKPOINTS = RUNS / "unet" / "checkpoints"
+STAGES = ("unet", "autoencoder")
+# What a checkpoint of the autoencoder reconstructs: the sets of `escd.study.image_sets`.
+RECONSTRUCTED = ("world", "photographs", "tiles")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,25 @@ class CurveConfig:
     seed: int = 0
     sampler_steps: int = 25
     guidance_scale: float = 4.0
+
+
+@dataclass(frozen=True)
+class ReconstructionCurveConfig:
+    """One checkpoint of the autoencoder, by how many images it has seen."""
+
+    images: int
+    backbone: str = "mini"
+
+
+def score_autoencoder(config: ReconstructionCurveConfig, folder: Path) -> dict[str, Any]:
+    """PSNR and kept detail of each set of pictures (`escd.study.autoencoder_scores`)."""
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+    sets, metrics = image_sets(), {}
+    for name in RECONSTRUCTED:
+        scores = autoencoder_scores(vae, *sets[name])
+        metrics[name] = {key: scores[key] for key in ("psnr", "detail")}
+    trained = MODELS[config.backbone].folder
+    return metrics | {"trained_seconds": seconds_at(config.images, trained, "autoencoder")}
 
 
 def score_checkpoint(config: CurveConfig, folder: Path) -> dict[str, Any]:
@@ -88,9 +110,9 @@ def _mean(rows: list[dict[str, list]], name: str, failed: float) -> float:
     return float(np.mean([failed if value is None else value for row in rows for value in row[name]]))
 
 
-def seconds_at(images: int, weights: Path) -> float | None:
-    """Training time of the UNet up to a checkpoint, from the training record; None where it does not say."""
-    trained = json.loads((weights / "training.json").read_text())["unet"]
+def seconds_at(images: int, weights: Path, stage: str = "unet") -> float | None:
+    """Training time of a stage up to a checkpoint, from the training record; None where it does not say."""
+    trained = json.loads((weights / "training.json").read_text())[stage]
     ends, images_before, seconds_before = {0: 0.0}, 0, 0.0
     for run in trained.get("earlier", []):
         images_before, seconds_before = images_before + run["images"], seconds_before + run["seconds"]
@@ -101,28 +123,53 @@ def seconds_at(images: int, weights: Path) -> float | None:
 
 
 @cache
-def points(backbone: str = "mini") -> list[records.Record]:
+def points(backbone: str = "mini", stage: str = "unet") -> list[records.Record]:
     """The curve by images seen; of a checkpoint that was asked more than once, the record made last."""
-    found = [r for r in records.all(CurveConfig) if r.config["backbone"] == backbone]
+    kind = CurveConfig if stage == "unet" else ReconstructionCurveConfig
+    found = [r for r in records.all(kind) if r.config["backbone"] == backbone]
     newest = {record.config["images"]: record for record in found}
     return [newest[images] for images in sorted(newest)]
+
+
+def in_words(record: records.Record) -> str:
+    """A point's scores, on one line."""
+    found = record.metrics
+    if "obeyed" not in found:
+        return ", ".join(f"{name} {found[name]['psnr']:.1f} dB" for name in RECONSTRUCTED)
+    said = ["obeyed: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in found["obeyed"].items())]
+    for name, *_ in SCORED:
+        if name in found:
+            shares = ", ".join(f"{key} {100 * found[name][key]:.0f} %" for key in ("retrieved", "leaked"))
+            said.append(f"{name}: {shares}, IoU {found[name]['iou']:.2f}")
+    return "; ".join(said)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Score the checkpoints that have no record yet."""
     parser = argparse.ArgumentParser(prog="python -m escd.curve", description=main.__doc__)
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, metavar="FOLDER")
+    parser.add_argument("--stage", choices=STAGES, default="unet")
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="FOLDER", help="default: where training keeps them"
+    )
     parser.add_argument("--prompts", type=int, default=CurveConfig.prompts)
     parser.add_argument("--references", type=int, default=CurveConfig.references, metavar="N")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)  # so that one worker gives the bits that several give
     state = PartialState(cpu=not torch.cuda.is_available())
-    folders = sorted(path.parent for path in arguments.checkpoints.glob("*/unet"))
+    kept = arguments.checkpoints or RUNS / arguments.stage / "checkpoints"
+    folders = sorted(path.parent for path in kept.glob("*/unet" if arguments.stage == "unet" else "*/vae"))
     if not folders:
-        parser.error(f"no checkpoints in {arguments.checkpoints}: training the UNet leaves them there")
-    judges = records.sha256(WEIGHTS / "judges")
+        parser.error(f"no checkpoints in {kept}: training the {arguments.stage} leaves them there")
     mine = folders[state.process_index :: state.num_processes]
     for folder in tqdm(mine, unit="checkpoint", disable=not state.is_local_main_process):
+        if arguments.stage == "autoencoder":
+            reconstructs = ReconstructionCurveConfig(int(folder.name))
+            records.get(
+                reconstructs,
+                lambda config, folder=folder: score_autoencoder(config, folder),
+                inputs={"autoencoder": records.sha256(folder / "vae")},
+            )
+            continue
         config = CurveConfig(int(folder.name), arguments.prompts, arguments.references)
         filters = folder / "filters"
         records.get(
@@ -132,15 +179,14 @@ def main(argv: list[str] | None = None) -> None:
                 "UNet": records.sha256(folder / "unet"),
                 # read only where something is tuned
                 **({"filters": records.sha256(filters)} if arguments.references and filters.exists() else {}),
-                "judges": judges,
+                "judges": records.sha256(WEIGHTS / "judges"),
                 "references development": load_references(which="development").sha256,
             },
         )
     state.wait_for_everyone()
     if state.is_main_process:
-        for record in points():
-            obeyed = ", ".join(f"{k} {100 * v:.0f} %" for k, v in record.metrics["obeyed"].items())
-            print(f"{record.config['images']:>9,} images: {obeyed}")
+        for record in points(stage=arguments.stage):
+            print(f"{record.config['images']:>9,} images: {in_words(record)}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 from tqdm.auto import tqdm
@@ -516,25 +517,49 @@ def pretraining_curve() -> Drawing:
 
 @figure("04_training")
 def training_scores() -> Drawing:
-    """The share of prompts that the UNet obeys at each checkpoint of its training."""
-    found = points()
-    seen = [record.config["images"] / 1e6 for record in found]
-    drawing = Drawing(COLUMN, 2.2, layout="constrained")
-    axes = drawing.subplots()
-    looks = {"background": FROZEN, "colours": MUTED, "pattern": APPEARANCE, "shape": SHAPE}
-    for name, colour in looks.items():
-        axes.plot(seen, [100 * r.metrics["obeyed"][name] for r in found], "o-", color=colour, label=name)
-    axes.set(xlabel="million images", ylabel="prompts obeyed, %", ylim=(0, 103))
-    axes.grid(True, axis="y")
-    axes.legend()
-    hours = axes.secondary_xaxis("top")
-    told: dict[float, str] = {}  # where no other label is near
+    """What each checkpoint of the UNet and of the autoencoder can do, and what it had cost."""
+    found, reconstructed = points(), points(stage="autoencoder")
+    tuned = [record for record in found if "shape" in record.metrics]
+    drawing = Drawing(PAGE, 2.0, layout="constrained")
+    prompts, shape, look, psnr = drawing.subplots(1, 4)
+    colours = {"background": FROZEN, "colours": MUTED, "pattern": APPEARANCE, "shape": SHAPE}
+    for name, colour in colours.items():
+        shares = [100 * r.metrics["obeyed"][name] for r in found]
+        prompts.plot(_millions(found), shares, "o-", color=colour, label=name)
+    prompts.set(title="prompts obeyed, %")
+    wanted, unwanted = {"shape": "silhouette", "appearance": "material"}, "other attribute"
+    for axes, name, colour in ((shape, "shape", SHAPE), (look, "appearance", APPEARANCE)):
+        for key, label, line in (("retrieved", wanted[name], "o-"), ("leaked", unwanted, "o--")):
+            shares = [100 * r.metrics[name][key] for r in tuned]
+            axes.plot(_millions(tuned), shares, line, color=colour if line == "o-" else MUTED, label=label)
+        axes.set(title=f"{name}: retrieved, %")
+    for name, colour in (("world", INK), ("photographs", MUTED), ("tiles", FROZEN)):
+        values = [r.metrics[name]["psnr"] for r in reconstructed]
+        psnr.plot(_millions(reconstructed), values, "o-", color=colour, label=name)
+    psnr.set(title="autoencoder, dB")
+    for axes in (prompts, shape, look):
+        axes.set(ylim=(0, 103))
+    for axes, shown in ((prompts, found), (shape, tuned), (look, tuned), (psnr, reconstructed)):
+        axes.grid(True, axis="y")
+        axes.legend()
+        axes.set(xlabel="million images")
+        _hours_above(axes, shown)
+    return drawing.made_from([*found, *reconstructed])
+
+
+def _millions(found: Sequence[Record]) -> list[float]:
+    return [record.config["images"] / 1e6 for record in found]
+
+
+def _hours_above(axes: Axes, found: Sequence[Record]) -> None:
+    """The hours of training that points of the curve had cost, where no other label is near."""
+    seen = _millions(found)
+    told: dict[float, str] = {}
     for at, record in zip(seen, found, strict=True):
         seconds = record.metrics["trained_seconds"]
-        if seconds is not None and all(at - other > (seen[-1] - seen[0]) / 9 for other in told):
+        if seconds is not None and all(at - other > (seen[-1] - seen[0]) / 4 for other in told):
             told[at] = f"{seconds / 3600:.1f} h"
-    hours.set_xticks(list(told), list(told.values()))
-    return drawing.made_from(found)
+    axes.secondary_xaxis("top").set_xticks(list(told), list(told.values()))
 
 
 @figure("02_probing_study")

@@ -7,7 +7,16 @@ import json
 import pytest
 
 from escd import curve, records
-from escd.curve import CurveConfig, main, points, score_checkpoint, seconds_at
+from escd.curve import (
+    CurveConfig,
+    ReconstructionCurveConfig,
+    in_words,
+    main,
+    points,
+    score_autoencoder,
+    score_checkpoint,
+    seconds_at,
+)
 
 
 def test_the_seconds_of_a_checkpoint_add_up_over_trainings(tmp_path):
@@ -43,7 +52,20 @@ def test_points_are_in_the_order_of_the_training(tmp_path, monkeypatch):
     points.cache_clear()
 
 
+def test_a_checkpoint_of_the_autoencoder_is_scored_like_the_study(tmp_path, monkeypatch, capsys):
+    folder = curve.MODELS["mini"].folder
+    metrics = score_autoencoder(ReconstructionCurveConfig(7), folder)
+    (stored,) = [r for r in records.all("autoencoder") if r.config == {"images": "tiles", "backbone": "mini"}]
+    assert metrics["tiles"]["psnr"] == pytest.approx(stored.metrics["psnr"], abs=0.01)
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    points.cache_clear()
+    records.get(ReconstructionCurveConfig(7), lambda config: metrics, folder=tmp_path)
+    (point,) = points(stage="autoencoder")
+    assert in_words(point).endswith(f"tiles {metrics['tiles']['psnr']:.1f} dB")
+    points.cache_clear()
+
+
 def test_no_checkpoints_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--checkpoints", str(tmp_path)])
-    assert "training the UNet leaves them there" in capsys.readouterr().err
+    assert "training the unet leaves them there" in capsys.readouterr().err

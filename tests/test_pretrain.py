@@ -387,10 +387,15 @@ def test_the_autoencoder_goes_on_with_its_decoder_alone(tmp_path, monkeypatch):
 
     for images in (16, 32):  # the second is resumed
         train(
-            lambda device: Small(device, tmp_path), weights=tmp_path, images=images, progress=False,
-            further=images == 16, evaluations=1,
-        )  # fmt: skip
-        before, after = (load_file(f / "vae/diffusion_pytorch_model.safetensors") for f in (WEIGHTS, tmp_path))
+            lambda device: Small(device, tmp_path),
+            weights=tmp_path,
+            images=images,
+            progress=False,
+            further=images == 16,
+            evaluations=1,
+        )
+        files = (folder / "vae/diffusion_pytorch_model.safetensors" for folder in (WEIGHTS, tmp_path))
+        before, after = map(load_file, files)
         changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
         assert changed == {"decoder", "post_quant_conv"}
     configs = [json.loads((f / "vae/config.json").read_text()) for f in (WEIGHTS, tmp_path)]

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "pretrain"
 
 
+KEPT = ("images", "seconds", "environment", "scores")  # of an earlier training's record
 LEFT_OUT = 20  # steps without a finite gradient, one after the other, that end a training
 
 
@@ -147,7 +148,7 @@ def train(
         accelerator.print(f"{stage.name}: resumed at {seen} images")
     elif further:
         before = json.loads((weights / "training.json").read_text())[stage.name]
-        earlier = [*before.pop("earlier", []), {k: before[k] for k in ("images", "seconds", "environment")}]
+        earlier = [*before.pop("earlier", []), {k: before[k] for k in KEPT}]
         accelerator.print(f"{stage.name}: goes on from {weights}, {before['images']} images")
 
     # No picture of an earlier training is shown a second time.
