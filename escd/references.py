@@ -137,15 +137,16 @@ class References:
 
 
 def load_references(
-    folder: str | Path | None = None, *, which: str = "evaluation", count: int | None = None
+    folder: str | Path | None = None, *, which: str = "evaluation", count: int | None = None, twenty: int = 1
 ) -> References:
     """The bundled list `which` ("evaluation" or "development"), or one made from a folder.
 
     A folder holds `silhouettes/*.png` (white on black) and `materials/*.webp`. A file's category is its name
     without digits and trailing punctuation; files are taken in the order of a hash of their names, one a
     category, passing over silhouettes that look like one taken before or like a named shape of the world.
-    `count` bounds the references. Raises FileNotFoundError or ValueError where a list is not there, too
-    short, or its inputs are not the ones it was made from.
+    `twenty`: a larger folder gives a second list of other silhouettes, and of other files of the materials'
+    categories, named "folder 2", and so on. `count` bounds the references. Raises FileNotFoundError or
+    ValueError where a list is not there, too short, or its inputs are not the ones it was made from.
     """
     if folder is None:
         if which not in LISTS:
@@ -154,12 +155,16 @@ def load_references(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    silhouettes = _distinct_silhouettes(_in_order(folder / "silhouettes", "*.png"))
+    if twenty < 1:
+        raise ValueError(f"the lists of a folder are counted from 1, not {twenty}")
+    before = (twenty - 1) * CANDIDATES
+    silhouettes = _distinct_silhouettes(_in_order(folder / "silhouettes", "*.png"), before + CANDIDATES)
     materials = tuple(
         Material(path.stem, _tile(Image.open(path)), _sha256(path.read_bytes()))
-        for path in _one_a_category(_in_order(folder / "materials", "*.webp"))[:CANDIDATES]
+        for path in _one_a_category(_in_order(folder / "materials", "*.webp"), twenty)[:CANDIDATES]
     )
-    return _paired("folder", silhouettes, materials, CANDIDATES if count is None else count)
+    name = "folder" if twenty == 1 else f"folder {twenty}"
+    return _paired(name, silhouettes[before:], materials, CANDIDATES if count is None else count)
 
 
 def compose_reference(
@@ -373,18 +378,19 @@ def category(path: str | Path) -> str:
     return "".join(c for c in Path(path).stem if not c.isdigit()).rstrip("-_ .")
 
 
-def _one_a_category(paths: list[Path]) -> list[Path]:
-    first: dict[str, Path] = {}
+def _one_a_category(paths: list[Path], number: int = 1) -> list[Path]:
+    """The file of this number, from 1, of each category that has so many."""
+    found: dict[str, list[Path]] = {}
     for path in paths:
-        first.setdefault(category(path), path)
-    return list(first.values())
+        found.setdefault(category(path), []).append(path)
+    return [files[number - 1] for files in found.values() if len(files) >= number]
 
 
-def _distinct_silhouettes(paths: list[Path]) -> tuple[Silhouette, ...]:
+def _distinct_silhouettes(paths: list[Path], count: int) -> tuple[Silhouette, ...]:
     taken: list[Silhouette] = []
     known = named_outlines()
     for path in _one_a_category(paths):
-        if len(taken) == CANDIDATES:
+        if len(taken) == count:
             break
         data = path.read_bytes()
         mask = _fit(np.asarray(Image.open(path).convert("L")) >= 128)

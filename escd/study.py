@@ -83,7 +83,8 @@ class StudyConfig:
     kind: Kind
     # How it was learnt; None for floor and ceiling.
     tuning: TuningConfig | None = None
-    # Which list the reference and its candidates are from: "evaluation", "development" or "folder".
+    # Which list the reference and its candidates are from: "evaluation", "development", or "folder", "folder
+    # 2" and so on.
     list: str = "evaluation"
     backbone: str = "mini"
     # First seed of the pictures' noise.
@@ -436,7 +437,7 @@ class Study:
             return load_references(which=name)
         if self.folder is None:
             raise ValueError(f"the list {name!r} is one of {', '.join(LISTS)}, or needs a folder")
-        return _folder(self.folder)
+        return _folder(self.folder, int(name.removeprefix("folder") or 1))
 
     def inputs(self, config: Any) -> dict[str, str]:
         """sha256 of what a config's numbers come from: weights of the backbone, judges, references."""
@@ -554,8 +555,8 @@ def _judges() -> Judges:
 
 
 @cache
-def _folder(folder: str | Path) -> References:
-    return load_references(folder)
+def _folder(folder: str | Path, twenty: int) -> References:
+    return load_references(folder, twenty=twenty)
 
 
 @cache
@@ -875,6 +876,9 @@ def main(argv: list[str] | None = None) -> None:
         "--list", choices=LISTS, default="evaluation", help="references (default: evaluation)"
     )
     parser.add_argument("--folder", type=Path, help="use its silhouettes/*.png and materials/*.webp instead")
+    parser.add_argument(
+        "--twenty", type=int, default=1, metavar="K", help="the folder's K-th list of twenty (default: 1)"
+    )
     parser.add_argument("--references", type=int, metavar="N", help="the first N references only")
     parser.add_argument("--attributes", nargs="+", choices=tuple(ATTRIBUTES), default=tuple(ATTRIBUTES))
     parser.add_argument(
@@ -891,7 +895,7 @@ def main(argv: list[str] | None = None) -> None:
     study = Study(arguments.folder, state.device if state.device.type == "cuda" else None)
     # What a stranger's folder gives is no number of this project's.
     stored = arguments.records or (RUNS / "records" if arguments.folder else records.FOLDER)
-    listed = study.references("folder" if arguments.folder else arguments.list)
+    listed = study.references(f"folder {arguments.twenty}" if arguments.folder else arguments.list)
     if arguments.references is not None:
         listed = replace(listed, references=listed.references[: arguments.references])
     chosen = {name: getattr(arguments, name) for name in ("backbone", "attributes", "parts", "seed")}

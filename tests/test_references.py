@@ -1,6 +1,7 @@
 """The committed lists are what they were made from, distinct, and disjoint; a folder can take their place."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,24 @@ def test_a_folder(tmp_path):
     assert "a-circle" not in names
     for items in (listed.silhouettes, listed.materials):
         assert len({references.category(item.name) for item in items}) == 20
+
+
+def test_a_larger_folder_has_other_lists(tmp_path, monkeypatch):
+    # Whether two are alike is another test's, and takes its time.
+    monkeypatch.setattr(references.measure, "iou_matrix", lambda a, b: torch.zeros(len(a), len(b)))
+    every = torch.cat([load_references(which=which).silhouette_masks for which in LISTS])
+    write_folder(tmp_path, every)
+    for number, path in enumerate(sorted((tmp_path / "materials").glob("m*.webp"))):
+        shutil.copy(path, path.with_name(f"{path.stem[:-1]}{number + 2}.webp"))
+    lists = [load_references(tmp_path, twenty=k) for k in (1, 2)]
+    assert [one.name for one in lists] == ["folder", "folder 2"]
+    for kind in ("silhouettes", "materials"):
+        names = [{item.name for item in getattr(one, kind)} for one in lists]
+        assert len(names[0]) == len(names[1]) == 20 and not names[0] & names[1]
+    with pytest.raises(ValueError, match="the folder 3 list has 0"):
+        load_references(tmp_path, twenty=3)
+    with pytest.raises(ValueError, match="counted from 1"):
+        load_references(tmp_path, twenty=0)
 
 
 def test_a_folder_that_is_not_there_or_too_small(tmp_path):
