@@ -36,6 +36,17 @@ def test_tuning_step(capsys, monkeypatch):
     assert all(float(row.split()[-1]) > 0 for row in rows)
 
 
+def test_pretraining(capsys, monkeypatch):
+    threads = torch.get_num_threads()
+    arguments = ["--rounds", "1", "--batch", "16", "--threads", str(threads)]
+    monkeypatch.setattr("sys.argv", ["pretraining.py", *arguments])
+    runpy.run_path(str(FOLDER / "pretraining.py"), run_name="__main__")
+    _, *parts, step, arithmetic = capsys.readouterr().out.splitlines()
+    shares = [float(part.split()[-2]) for part in parts]
+    assert len(parts) == 5 and abs(sum(shares) - 100) <= 3
+    assert float(step.split()[-2]) > 0 and 0 < float(arithmetic.split()[-2]) < 100
+
+
 def test_tuning_cost(capsys, monkeypatch):
     arguments = ["--size", "small", "--pixels", "64", "--rounds", "1", "--steps", "1", "--device", "cpu"]
     chosen = ["--dtype", "float32", "--threads", "1", "--methods", "shape", "appearance, encoder"]
