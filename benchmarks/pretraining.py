@@ -81,7 +81,9 @@ def main() -> None:
             taken["peak"].append(timed(lambda: one @ other))
     seconds = {name: statistics.median(times) for name, times in taken.items()}
     whole = sum(seconds[name] for name in parts)
-    print(f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {arguments.threads} threads")
+    print(
+        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {arguments.threads} threads"
+    )
     for name in parts:
         print(f"{name:<40} {1000 * seconds[name]:7.0f} ms {100 * seconds[name] / whole:4.0f} %")
     print(f"{'a step':<40} {1000 * whole:7.0f} ms, {arguments.batch / whole:.0f} images/s")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from escd import records
 from escd.parts import parameters_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -45,6 +46,20 @@ def test_pretraining(capsys, monkeypatch):
     shares = [float(part.split()[-2]) for part in parts]
     assert len(parts) == 5 and abs(sum(shares) - 100) <= 3
     assert float(step.split()[-2]) > 0 and 0 < float(arithmetic.split()[-2]) < 100
+
+
+def test_the_whole_method_at_a_size(capsys, monkeypatch, tmp_path):
+    arguments = ["--size", "small", "--pixels", "64", "--steps", "1", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["sd15_size.py", *arguments, "--records", str(tmp_path)])
+    runpy.run_path(str(FOLDER / "sd15_size.py"), run_name="__main__")
+    assert "the most memory" in capsys.readouterr().out
+    (record,) = records.all("size", folder=tmp_path)
+    seconds, peak = record.metrics["seconds"], record.metrics["peak_gb"]
+    assert list(seconds) == list(peak) and len(seconds) == 6 and min(seconds.values()) > 0
+    assert sorted(peak.values()) == list(peak.values()) and set(record.metrics["file_mb"]) == {
+        "shape",
+        "appearance",
+    }
 
 
 def test_tuning_cost(capsys, monkeypatch):
