@@ -1,8 +1,8 @@
-"""Where a training step of `mini`'s UNet goes, and how fast the machine computes: `python benchmarks/pretraining.py`.
+"""Where a step of `mini`'s UNet's training goes: `python benchmarks/pretraining.py`.
 
 The parts of a step take turns, round after round: painting pictures, encoding them, reading their features,
 the UNet's way there and back, and the optimiser with the average. The arithmetic reached is that of the UNet's
-forward and backward pass, beside what one large matrix product of the same type reaches on as many threads.
+way there and back, beside what one large matrix product of the same type reaches on as many threads.
 """
 
 from __future__ import annotations
