@@ -1,7 +1,7 @@
 """Where a step of `mini`'s UNet's training goes: `python benchmarks/pretraining.py`.
 
-The parts of a step take turns, round after round: painting pictures, encoding them, reading their features,
-the UNet's way there and back, and the optimiser with the average. The arithmetic reached is that of the UNet's
+The parts of a step take turns, round by round: painting pictures, encoding them, reading their features,
+the UNet's way there and back, the optimiser with the average. The arithmetic reached is that of the UNet's
 way there and back, beside what one large matrix product of the same type reaches on as many threads.
 """
 
