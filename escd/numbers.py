@@ -27,6 +27,7 @@ from . import records
 from .customization import ATTRIBUTES, Customization
 from .judges import HEADS
 from .measure import Interval, paired_bootstrap
+from .pretrain import ablation
 from .records import Record
 from .references import Reference, load_references
 from .study import (
@@ -462,6 +463,22 @@ def write_numbers(readme: Path = README, macros: Path = NUMBERS) -> None:
     macros.write_text("\n".join(lines) + "\n")
 
 
+def _filters_in_words() -> list[str]:
+    """The README's lines on what of the filters is needed."""
+    made = records.all(ablation.AblationConfig)
+    if not made:
+        return []
+    config = made[0].config
+    return [
+        f"The attribute filters alone, at zero tuning steps, trained anew on {config['images']:,} pictures behind "
+        f"the frozen UNet with one thing left out at a time ({config['references']} development references; "
+        "differences from the first row with their 95 % intervals):",
+        "",
+        ablation.table(),
+        "",
+    ]
+
+
 def _summary(values: Mapping[str, str]) -> str:
     """The README's block."""
     v = values
@@ -491,6 +508,7 @@ def _summary(values: Mapping[str, str]) -> str:
         "",
         results_table(),
         "",
+        *_filters_in_words(),
         f"Learning takes {v['tuning.shape.steps']} steps for a shape ({v['tuning.shape.seconds']} s on one "
         f"CPU thread, {v['tuning.shape.mb']} MB) and {v['tuning.appearance.steps']} for an appearance "
         f"({v['tuning.appearance.seconds']} s, {v['tuning.appearance.mb']} MB).",

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 
+from escd import records
 from escd.backbone import MODELS
 from escd.customization import ATTRIBUTES
 from escd.pretrain import ablation, loop
-from escd.pretrain.ablation import ARMS, AblationStage, main
+from escd.pretrain.ablation import ARMS, AblationConfig, AblationStage, main, table
 from escd.pretrain.unet import SAME_SHAPE
 
 
@@ -69,3 +70,26 @@ def test_the_command_runs_what_has_no_record(tmp_path, monkeypatch):
     assert [json.loads(line)["config"]["arm"] for line in lines] == list(ARMS)
     with pytest.raises(SystemExit):
         main(["--arms", "nothing at all"])
+
+
+def test_the_table_pairs_the_arms_and_leaves_out_what_failed(tmp_path, monkeypatch):
+    assert table(tmp_path) == ""
+    iou = [0.5, 0.5, 0.7, 0.7, 0.6, 0.6, 0.6, 0.6]
+    scores = {
+        "all": {
+            "shape": {"iou": iou, "silhouette": [True] * 4 + [False] * 4},
+            "appearance": {"combined": [8.0] * 8, "material": [True] * 8},
+        },
+        "no tower": {
+            "shape": {"iou": [x - 0.1 for x in iou[:7]] + [None], "silhouette": [False] * 7 + [None]},
+            "appearance": {"combined": [9.0] * 7 + [None], "material": [True, False] * 3 + [True, None]},
+        },
+    }
+    for arm, metrics in scores.items():
+        records.get(AblationConfig(arm), lambda config, metrics=metrics: metrics, folder=tmp_path)
+    _, _, whole, without = table(tmp_path).splitlines()
+    assert whole == f"| {ARMS['all']} | 0.60 |  | 50 % | 100 % | 8.0 |  |"
+    cells = [cell.strip() for cell in without.split("|")[1:-1]]
+    # a missing silhouette is an overlap of nothing, and has no distance
+    assert cells[:2] == [ARMS["no tower"], "0.44"] and cells[2].startswith("-0.16 [")
+    assert cells[3:] == ["0 %", "50 %", "9.0", "+1.00 [+1.00, +1.00]"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -22,9 +23,10 @@ from ..backbone import MODELS
 from ..customization import ATTRIBUTES
 from ..judges import WEIGHTS as JUDGES
 from ..judges import load_judges
+from ..measure import paired_bootstrap
 from ..pipeline import ESCDPipeline
 from ..references import load_references
-from ..study import prompts_for, score_customization
+from ..study import PROMPTS, prompts_for, score_customization
 from ..tuning import customize
 from . import loop
 from .unet import UNetStage
@@ -135,6 +137,60 @@ def inputs(config: AblationConfig) -> dict[str, str]:
         "judges": records.sha256(JUDGES / "judges"),
         "references development": load_references(which="development").sha256,
     }
+
+
+def table(folder: Path | None = None) -> str:
+    """The arms that have a record, as a Markdown table; empty where none has.
+
+    Each arm's pseudo-words untuned, on the development references: aligned IoU and silhouettes retrieved among
+    20 under "*m"; materials retrieved and the combined distance under "*a"; and how the IoU and the distance
+    differ from the first arm's on the same references and prompts, with the 95 % bootstrap interval.
+    """
+    found = {r.config["arm"]: r for r in records.all(AblationConfig, folder=folder)}
+    if "all" not in found:
+        return ""
+    whole = found["all"].metrics
+    lines = [
+        "| filters | IoU | difference | silhouettes | materials | distance | difference |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for arm, words in ARMS.items():
+        if arm not in found:
+            continue
+        shape, look = (found[arm].metrics[name] for name in ATTRIBUTES)
+        differences = ["", ""]
+        if arm != "all":
+            differences = [
+                _difference(_none_as(0.0, shape["iou"]), _none_as(0.0, whole["shape"]["iou"])),
+                _difference(look["combined"], whole["appearance"]["combined"]),
+            ]
+        cells = [
+            f"{np.mean(_none_as(0.0, shape['iou'])):.2f}",
+            differences[0],
+            f"{100 * np.mean(_none_as(False, shape['silhouette'])):.0f} %",
+            f"{100 * np.mean(_none_as(False, look['material'])):.0f} %",
+            f"{np.mean([far for far in look['combined'] if far is not None]):.1f}",
+            differences[1],
+        ]
+        lines.append(f"| {words} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _none_as(value: float, scores: Sequence[float | None]) -> list[float]:
+    """A picture without a foreground has no score."""
+    return [value if score is None else score for score in scores]
+
+
+def _difference(scores: Sequence[float | None], others: Sequence[float | None]) -> str:
+    """Of the pictures that have a score in both; those of one reference are resampled together."""
+    both = [
+        (a, b, k // PROMPTS)
+        for k, (a, b) in enumerate(zip(scores, others, strict=True))
+        if a is not None and b is not None
+    ]
+    mine, theirs, reference = zip(*both, strict=True)
+    found = paired_bootstrap(mine, theirs, groups=reference)
+    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
