@@ -470,9 +470,9 @@ def _filters_in_words() -> list[str]:
         return []
     config = made[0].config
     return [
-        f"The attribute filters alone, at zero tuning steps, trained anew on {config['images']:,} pictures behind "
-        f"the frozen UNet with one thing left out at a time ({config['references']} development references; "
-        "differences from the first row with their 95 % intervals):",
+        f"The attribute filters alone, at zero tuning steps, trained anew on {config['images']:,} pictures "
+        "behind the frozen UNet with one thing left out at a time (differences from the first row with their "
+        f"95 % intervals; {config['references']} development references):",
         "",
         ablation.table(),
         "",

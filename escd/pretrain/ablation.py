@@ -142,9 +142,9 @@ def inputs(config: AblationConfig) -> dict[str, str]:
 def table(folder: Path | None = None) -> str:
     """The arms that have a record, as a Markdown table; empty where none has.
 
-    Each arm's pseudo-words untuned, on the development references: aligned IoU and silhouettes retrieved among
-    20 under "*m"; materials retrieved and the combined distance under "*a"; and how the IoU and the distance
-    differ from the first arm's on the same references and prompts, with the 95 % bootstrap interval.
+    Each arm's pseudo-words untuned, on the development references: aligned IoU and silhouettes retrieved
+    among 20 under "*m"; materials retrieved and the combined distance under "*a"; and how the IoU and the
+    distance differ from the first arm's on the same references and prompts, with the 95 % bootstrap interval.
     """
     found = {r.config["arm"]: r for r in records.all(AblationConfig, folder=folder)}
     if "all" not in found:
