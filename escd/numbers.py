@@ -401,6 +401,8 @@ def numbers() -> dict[str, str]:
         values[f"{key}.steps"] = str(record.metrics["steps"])
         values[f"{key}.seconds"] = f"{record.metrics['seconds']:.0f}"
         values[f"{key}.mb"] = f"{record.metrics['megabytes']:.1f}"
+    for arm, row in ablation.rows().items():
+        values |= {f"filters.{arm.replace(' ', '_')}.{name}": text for name, text in row.items()}
     return values
 
 

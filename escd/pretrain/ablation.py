@@ -139,41 +139,54 @@ def inputs(config: AblationConfig) -> dict[str, str]:
     }
 
 
-def table(folder: Path | None = None) -> str:
-    """The arms that have a record, as a Markdown table; empty where none has.
+def rows(folder: Path | None = None) -> dict[str, dict[str, str]]:
+    """The arms that have a record, and their scores as rounded texts; empty where there is no record of all.
 
-    Each arm's pseudo-words untuned, on the development references: aligned IoU and silhouettes retrieved
-    among 20 under "*m"; materials retrieved and the combined distance under "*a"; and how the IoU and the
-    distance differ from the first arm's on the same references and prompts, with the 95 % bootstrap interval.
+    Each arm's pseudo-words untuned, on the development references: `iou` and `silhouettes` retrieved among 20
+    under "*m", `materials` retrieved and the combined `distance` under "*a"; shares in %. Of the arms that
+    leave something out also `iou_difference` and `distance_difference` from the first arm's on the same
+    references and prompts, with the 95 % bootstrap interval.
     """
-    found = {r.config["arm"]: r for r in records.all(AblationConfig, folder=folder)}
-    if "all" not in found:
-        return ""
-    whole = found["all"].metrics
+    found = {r.config["arm"]: r.metrics for r in records.all(AblationConfig, folder=folder)}
+    texts: dict[str, dict[str, str]] = {}
+    for arm in ARMS if "all" in found else ():
+        if arm not in found:
+            continue
+        shape, look = (found[arm][name] for name in ATTRIBUTES)
+        overlaps = _none_as(0.0, shape["iou"])
+        texts[arm] = {
+            "iou": f"{np.mean(overlaps):.2f}",
+            "silhouettes": f"{100 * np.mean(_none_as(False, shape['silhouette'])):.0f}",
+            "materials": f"{100 * np.mean(_none_as(False, look['material'])):.0f}",
+            "distance": f"{np.mean([far for far in look['combined'] if far is not None]):.1f}",
+        }
+        if arm != "all":
+            whole_shape, whole_look = (found["all"][name] for name in ATTRIBUTES)
+            texts[arm] |= {
+                "iou_difference": _difference(overlaps, _none_as(0.0, whole_shape["iou"])),
+                "distance_difference": _difference(look["combined"], whole_look["combined"]),
+            }
+    return texts
+
+
+def table(folder: Path | None = None) -> str:
+    """`rows` as a Markdown table; empty where there are none."""
     lines = [
         "| filters | IoU | difference | silhouettes | materials | distance | difference |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for arm, words in ARMS.items():
-        if arm not in found:
-            continue
-        shape, look = (found[arm].metrics[name] for name in ATTRIBUTES)
-        differences = ["", ""]
-        if arm != "all":
-            differences = [
-                _difference(_none_as(0.0, shape["iou"]), _none_as(0.0, whole["shape"]["iou"])),
-                _difference(look["combined"], whole["appearance"]["combined"]),
-            ]
+    found = rows(folder)
+    for arm, row in found.items():
         cells = [
-            f"{np.mean(_none_as(0.0, shape['iou'])):.2f}",
-            differences[0],
-            f"{100 * np.mean(_none_as(False, shape['silhouette'])):.0f} %",
-            f"{100 * np.mean(_none_as(False, look['material'])):.0f} %",
-            f"{np.mean([far for far in look['combined'] if far is not None]):.1f}",
-            differences[1],
+            row["iou"],
+            row.get("iou_difference", ""),
+            row["silhouettes"] + " %",
+            row["materials"] + " %",
+            row["distance"],
+            row.get("distance_difference", ""),
         ]
-        lines.append(f"| {words} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(f"| {ARMS[arm]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) if found else ""
 
 
 def _none_as(value: float, scores: Sequence[float | None]) -> list[float]:
