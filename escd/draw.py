@@ -533,7 +533,7 @@ def training_scores() -> Drawing:
             shares = [100 * r.metrics[name][key] for r in tuned]
             axes.plot(_millions(tuned), shares, line, color=colour if line == "o-" else MUTED, label=label)
         axes.set(title=f"{name}: retrieved, %")
-    for name, colour in (("world", INK), ("photographs", MUTED), ("tiles", TOWER)):
+    for name, colour in (("world", INK), ("photographs", MUTED), ("tiles", APPEARANCE)):
         values = [r.metrics[name]["psnr"] for r in reconstructed]
         psnr.plot(_millions(reconstructed), values, "o-", color=colour, label=name)
     psnr.set(title="autoencoder, dB", ylim=(None, max(psnr.get_ylim()[1], 36)))  # room for the legend
