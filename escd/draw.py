@@ -533,15 +533,15 @@ def training_scores() -> Drawing:
             shares = [100 * r.metrics[name][key] for r in tuned]
             axes.plot(_millions(tuned), shares, line, color=colour if line == "o-" else MUTED, label=label)
         axes.set(title=f"{name}: retrieved, %")
-    for name, colour in (("world", INK), ("photographs", MUTED), ("tiles", FROZEN)):
+    for name, colour in (("world", INK), ("photographs", MUTED), ("tiles", APPEARANCE)):
         values = [r.metrics[name]["psnr"] for r in reconstructed]
         psnr.plot(_millions(reconstructed), values, "o-", color=colour, label=name)
-    psnr.set(title="autoencoder, dB")
+    psnr.set(title="autoencoder, dB", ylim=(None, max(psnr.get_ylim()[1], 36)))  # room for the legend
     for axes in (prompts, shape, look):
         axes.set(ylim=(0, 103))
     for axes, shown in ((prompts, found), (shape, tuned), (look, tuned), (psnr, reconstructed)):
         axes.grid(True, axis="y")
-        axes.legend()
+        axes.legend(loc="upper left" if axes is psnr else "best")
         axes.set(xlabel="million images")
         _hours_above(axes, shown)
     return drawing.made_from([*found, *reconstructed])

@@ -472,9 +472,9 @@ def _filters_in_words() -> list[str]:
         return []
     config = made[0].config
     return [
-        f"The attribute filters alone, at zero tuning steps, trained anew on {config['images']:,} pictures "
-        "behind the frozen UNet with one thing left out at a time (differences from the first row with their "
-        f"95 % intervals; {config['references']} development references):",
+        "The attribute filters alone, at zero tuning steps, with one thing taken away from them at a "
+        f"time and {config['images']:,} pictures to get over it behind the frozen UNet (differences from the "
+        f"first row with their 95 % intervals; {config['references']} development references):",
         "",
         ablation.table(),
         "",
