@@ -612,7 +612,7 @@ def runs_in(device: torch.device) -> torch.dtype | None:
 
 
 def working_copy(unet: UNet2DConditionModel, trained: Collection[str]) -> UNet2DConditionModel:
-    """The UNet as tuning on a CPU runs it: the same function, a fifth faster (`benchmarks/tuning_step.py`).
+    """The UNet as tuning on a CPU runs it, the same function in less time (`benchmarks/tuning_step.py`).
 
     Its frozen weights are in the dtype of `runs_in`, once and for all: autocast would round every weight
     again in every step. The `trained` ones, which are exchanged anyway, are the UNet's own. And its attention
