@@ -401,6 +401,14 @@ def numbers() -> dict[str, str]:
         values[f"{key}.steps"] = str(record.metrics["steps"])
         values[f"{key}.seconds"] = f"{record.metrics['seconds']:.0f}"
         values[f"{key}.mb"] = f"{record.metrics['megabytes']:.1f}"
+    for record in records.all("size"):  # `benchmarks/sd15_size.py`
+        if record.config["size"] == "sd15":
+            seconds = record.metrics["seconds"]
+            for attribute in ATTRIBUTES:
+                tuned = seconds[f"{attribute}: {record.config['steps']} steps"]
+                values[f"size.{attribute}.seconds"] = f"{tuned:.0f}"
+            values["size.pixels"] = str(record.config["pixels"])
+            values["size.gb"] = f"{max(record.metrics['peak_gb'].values()):.0f}"
     for arm, row in ablation.rows().items():
         values |= {f"filters.{arm.replace(' ', '_')}.{name}": text for name, text in row.items()}
     return values
@@ -465,6 +473,18 @@ def write_numbers(readme: Path = README, macros: Path = NUMBERS) -> None:
     macros.write_text("\n".join(lines) + "\n")
 
 
+def _size_in_words(v: Mapping[str, str]) -> list[str]:
+    """The README's lines on the method at Stable Diffusion's size."""
+    if "size.gb" not in v:
+        return []
+    return [
+        "",
+        f"At Stable Diffusion 1.5's size, with random weights, at {v['size.pixels']} px and in float32 on this "
+        f"CPU, three steps of a shape take {v['size.shape.seconds']} s with all that comes before the first, of "
+        f"an appearance {v['size.appearance.seconds']} s, and the whole {v['size.gb']} GB.",
+    ]
+
+
 def _filters_in_words() -> list[str]:
     """The README's lines on what of the filters is needed."""
     made = records.all(ablation.AblationConfig)
@@ -514,6 +534,7 @@ def _summary(values: Mapping[str, str]) -> str:
         f"Learning takes {v['tuning.shape.steps']} steps for a shape ({v['tuning.shape.seconds']} s on one "
         f"CPU thread, {v['tuning.shape.mb']} MB) and {v['tuning.appearance.steps']} for an appearance "
         f"({v['tuning.appearance.seconds']} s, {v['tuning.appearance.mb']} MB).",
+        *_size_in_words(v),
     ]
     return "\n".join(lines)
 
