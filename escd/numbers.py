@@ -479,9 +479,9 @@ def _size_in_words(v: Mapping[str, str]) -> list[str]:
         return []
     return [
         "",
-        f"At Stable Diffusion 1.5's size, with random weights, at {v['size.pixels']} px and in float32 on this "
-        f"CPU, three steps of a shape take {v['size.shape.seconds']} s with all that comes before the first, of "
-        f"an appearance {v['size.appearance.seconds']} s, and the whole {v['size.gb']} GB.",
+        f"At Stable Diffusion 1.5's size, with random weights, at {v['size.pixels']} px, in float32 on two CPU "
+        f"cores, three tuning steps with all that has to be prepared take {v['size.shape.seconds']} s for a "
+        f"shape and {v['size.appearance.seconds']} s for an appearance, and {v['size.gb']} GB at the most.",
     ]
 
 
