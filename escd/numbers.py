@@ -479,10 +479,10 @@ def _size_in_words(v: Mapping[str, str]) -> list[str]:
         return []
     return [
         "",
-        f"At Stable Diffusion 1.5's size, with random weights, at {v['size.pixels']} px, in float32 on a CPU, "
-        "three tuning steps with all that has to be prepared take "
-        f"{v['size.shape.seconds']} s for a shape and {v['size.appearance.seconds']} s for an appearance, and "
-        f"{v['size.gb']} GB at the most.",
+        f"At Stable Diffusion 1.5's size, with random weights, at {v['size.pixels']} px, in float32 on a "
+        "CPU, three tuning steps with all that has to be prepared take "
+        f"{v['size.shape.seconds']} s for a shape and {v['size.appearance.seconds']} s for an appearance, "
+        f"and {v['size.gb']} GB at the most.",
     ]
 
 
