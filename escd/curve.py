@@ -1,8 +1,8 @@
 """What `mini` can do at each checkpoint of its training: `python -m escd.curve` makes the records.
 
 Training keeps the averaged model of every evaluation under `runs/pretrain/<stage>/checkpoints/<images>`. Each
-UNet is asked a fixed set of prompts and tuned on a few development references, each autoencoder reconstructs
-photographs; the scores are kept as records, since the checkpoints themselves are not: so they show whether
+UNet is asked a fixed set of prompts and tuned on a few development references, each autoencoder rebuilds
+pictures it never saw. The scores are kept as records, since the checkpoints are not: so they show whether
 more training still helps the method.
 """
 
@@ -33,8 +33,6 @@ from .tuning import TuningConfig
 # What each attribute's transfer and its leakage are retrieved by.
 SCORED = (("shape", "silhouette", "texture_material"), ("appearance", "material", "silhouette"))
 STAGES = ("unet", "autoencoder")
-# What a checkpoint of the autoencoder reconstructs: the sets of `escd.study.image_sets`.
-RECONSTRUCTED = ("world", "photographs", "tiles")
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,9 @@ class ReconstructionCurveConfig:
 def score_autoencoder(config: ReconstructionCurveConfig, folder: Path) -> dict[str, Any]:
     """PSNR and kept detail of each set of pictures (`escd.study.autoencoder_scores`)."""
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
-    sets, metrics = image_sets(), {}
-    for name in RECONSTRUCTED:
-        scores = autoencoder_scores(vae, *sets[name])
+    metrics: dict[str, Any] = {}
+    for name, (images, others) in image_sets().items():
+        scores = autoencoder_scores(vae, images, others)
         metrics[name] = {key: scores[key] for key in ("psnr", "detail")}
     trained = MODELS[config.backbone].folder
     return metrics | {"trained_seconds": seconds_at(config.images, trained, "autoencoder")}
@@ -135,7 +133,8 @@ def in_words(record: records.Record) -> str:
     """A point's scores, on one line."""
     found = record.metrics
     if "obeyed" not in found:
-        return ", ".join(f"{name} {found[name]['psnr']:.1f} dB" for name in RECONSTRUCTED)
+        sets = {name: scores for name, scores in found.items() if name != "trained_seconds"}
+        return ", ".join(f"{name} {scores['psnr']:.1f} dB" for name, scores in sets.items())
     said = ["obeyed: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in found["obeyed"].items())]
     for name, *_ in SCORED:
         if name in found:

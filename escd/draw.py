@@ -527,11 +527,11 @@ def training_scores() -> Drawing:
         shares = [100 * r.metrics["obeyed"][name] for r in found]
         prompts.plot(_millions(found), shares, "o-", color=colour, label=name)
     prompts.set(title="prompts obeyed, %")
-    wanted, unwanted = {"shape": "silhouette", "appearance": "material"}, "other attribute"
-    for axes, name, colour in ((shape, "shape", SHAPE), (look, "appearance", APPEARANCE)):
-        for key, label, line in (("retrieved", wanted[name], "o-"), ("leaked", unwanted, "o--")):
-            shares = [100 * r.metrics[name][key] for r in tuned]
-            axes.plot(_millions(tuned), shares, line, color=colour if line == "o-" else MUTED, label=label)
+    panels = ((shape, "shape", "silhouette", SHAPE), (look, "appearance", "material", APPEARANCE))
+    for axes, name, wanted, colour in panels:
+        retrieved, leaked = ([100 * r.metrics[name][k] for r in tuned] for k in ("retrieved", "leaked"))
+        axes.plot(_millions(tuned), retrieved, "o-", color=colour, label=wanted)
+        axes.plot(_millions(tuned), leaked, "o--", color=MUTED, label="other attribute")
         axes.set(title=f"{name}: retrieved, %")
     for name, colour in (("world", INK), ("photographs", MUTED), ("tiles", APPEARANCE)):
         values = [r.metrics[name]["psnr"] for r in reconstructed]

@@ -890,6 +890,8 @@ def main(argv: list[str] | None = None) -> None:
         "--records", type=Path, help="folder of the records (default: figures/records, or runs)"
     )
     arguments = parser.parse_args(argv)
+    if arguments.twenty < 1 or (arguments.twenty > 1 and not arguments.folder):
+        parser.error("--twenty counts the lists of a --folder, from 1")
     torch.set_num_threads(1)  # so that one worker gives the bits that several give
     state = PartialState(cpu=not torch.cuda.is_available())
     study = Study(arguments.folder, state.device if state.device.type == "cuda" else None)

@@ -282,3 +282,10 @@ def test_fine_energy_is_that_of_fine_detail():
     x = torch.arange(64).float()
     fine, coarse = (torch.cos(2 * np.pi * f * x).expand(1, 3, 64, 64) for f in (24 / 64, 4 / 64))
     assert study._fine_energy(fine)[0] > 1e6 * study._fine_energy(coarse)[0]
+
+
+@pytest.mark.parametrize("given", [["--twenty", "2"], ["--twenty", "0", "--folder", "somewhere"]])
+def test_a_list_of_a_folder_needs_a_folder_and_counts_from_one(given, capsys):
+    with pytest.raises(SystemExit):
+        study.main(given)
+    assert "counts the lists of a --folder, from 1" in capsys.readouterr().err

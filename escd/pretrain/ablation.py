@@ -52,8 +52,6 @@ class AblationConfig:
 
     arm: str
     images: int = 8_000
-    # What the filters begin from.
-    begun: str = "shipped"
     references: int = 12
     backbone: str = "mini"
     seed: int = 0
