@@ -2,7 +2,7 @@
 
 Time and memory do not depend on the weights, so they can be measured where the pretrained ones cannot be had:
 a shape and an appearance are customised for a few steps, saved, loaded and drawn. Every stage's seconds and
-the most memory the process has had until then are printed, and kept as a record.
+the most memory the process has had until then are printed; `--records FOLDER` keeps them there.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 import escd
 from escd import records
+from escd.artefacts import megabytes_at
 from escd.backbone import MODELS, Backbone, ImageTower
 from escd.parts import parameters_of
 from escd.tuning import TuningConfig
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {
@@ -106,7 +109,7 @@ def peak(device: torch.device) -> float:
 
 
 def measure(config: SizeConfig, device: torch.device) -> dict[str, Any]:
-    """Parameters in millions; seconds and peak GB of each stage; megabytes of the saved customizations."""
+    """Parameters in millions, each stage's seconds and peak GB, customizations' MB in full and at ranks."""
     found: dict[str, Any] = {"seconds": {}, "peak_gb": {}, "file_mb": {}}
     start = time.perf_counter()
 
@@ -123,6 +126,10 @@ def measure(config: SizeConfig, device: torch.device) -> dict[str, Any]:
     found["parameters_m"] = {
         part: sum(p.numel() for p in parameters_of(backbone.unet, part).values()) / 1e6
         for part in ("all", "encoder", "mid", "decoder")
+    }
+    found["mb_at_rank"] = {
+        part: {str(rank): megabytes_at(parameters_of(backbone.unet, part), rank) for rank in RANKS}
+        for part in ("encoder", "decoder")
     }
     done("random weights")
     image = torch.rand(3, config.pixels, config.pixels, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -153,24 +160,34 @@ def measure(config: SizeConfig, device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, and keep the record."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", choices=tuple(SIZES), default="sd15")
     parser.add_argument("--pixels", type=int, default=SizeConfig.pixels)
     parser.add_argument("--steps", type=int, default=SizeConfig.steps)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=SizeConfig.dtype)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--records", type=Path, help="folder of the records (default: figures/records)")
+    parser.add_argument("--records", type=Path, metavar="FOLDER", help="keep what is measured there")
     arguments = parser.parse_args()
     config = SizeConfig(arguments.size, arguments.pixels, arguments.steps, dtype=arguments.dtype)
     device = torch.device(arguments.device)
-    record = records.get(
-        config, lambda config: measure(config, device), device=device, folder=arguments.records
-    )
-    millions = {part: round(count, 1) for part, count in record.metrics["parameters_m"].items()}
-    files = {name: round(size) for name, size in record.metrics["file_mb"].items()}
+    if arguments.records is None:
+        found = measure(config, device)
+    else:
+        record = records.get(
+            config,
+            lambda config: measure(config, device),
+            device=device,
+            folder=arguments.records,
+            again=True,
+        )
+        found = record.metrics
+    millions = {part: round(count, 1) for part, count in found["parameters_m"].items()}
+    files = {name: round(size) for name, size in found["file_mb"].items()}
     print(f"parameters in millions {millions}; files in MB {files}")
-    print(f"the most memory: {max(record.metrics['peak_gb'].values()):.1f} GB")
+    for part, sizes in found["mb_at_rank"].items():
+        print(f"{part} at a rank, MB: " + ", ".join(f"{rank}: {mb:.1f}" for rank, mb in sizes.items()))
+    print(f"the most memory: {max(found['peak_gb'].values()):.1f} GB")
 
 
 if __name__ == "__main__":

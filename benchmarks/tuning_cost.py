@@ -3,7 +3,8 @@
 Each method runs in a process of its own, which gives its peak memory, and the methods take turns, round after
 round, so that a slow minute of the machine meets all of them. All tune the same UNet (random weights: cost
 does not depend on them) with the same optimiser, data type, batch and resolution. Ratios are to tuning the
-whole UNet, as DreamBooth does; the floor is the ratio of the floating-point operations.
+whole UNet, as DreamBooth does; the floor is the ratio of the floating-point operations. `--records FOLDER`
+keeps what was measured there.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from escd.halves import down_path
+from escd import records
+from escd.halves import down_path, recomputed
 from escd.parts import parameters_of
 from escd.tuning import Draws, predicted
 
@@ -69,28 +73,36 @@ METHODS = {
 WHOLE = next(iter(METHODS))
 
 
+@dataclass(frozen=True)
+class TuningCostConfig:
+    """A comparison: every method tunes the UNet of this size so many steps in each round."""
+
+    methods: tuple[str, ...]
+    size: str = "sd15"
+    pixels: int = 256
+    batch: int = 1
+    rounds: int = 2
+    steps: int = 2
+    dtype: str = "float32"
+    checkpointing: bool = False
+    threads: int | None = None
+
+
 def prepare(
-    method: Method,
-    size: str,
-    batch: int,
-    pixels: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    checkpointing: bool,
+    method: Method, config: TuningCostConfig, device: torch.device
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """A function that gives one step's loss, and what learns."""
-    config = SIZES[size]
+    size, dtype, batch = SIZES[config.size], getattr(torch, config.dtype), config.batch
     with torch.device(device):
-        unet = nn.Module.to(UNet2DConditionModel(**config), dtype).requires_grad_(False)
-        side = pixels // 8
+        unet = nn.Module.to(UNet2DConditionModel(**size), dtype).requires_grad_(False)
+        side = config.pixels // 8
         x_t = torch.randn(batch, 4, side, side, dtype=dtype)
         target = torch.randn_like(x_t)
-        text = torch.randn(batch, 77, config["cross_attention_dim"], dtype=dtype)
+        text = torch.randn(batch, 77, size["cross_attention_dim"], dtype=dtype)
         t = torch.full((batch,), 500)
         inside = torch.ones(batch, 1, 1, 1, dtype=dtype)
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
-        unet.train()
+    if config.checkpointing:
+        unet.enable_gradient_checkpointing(recomputed)
     learning: list[Tensor] = []
     weights: dict[str, Tensor] = {}
     if method.lora:
@@ -120,24 +132,21 @@ def prepare(
     return loss, learning
 
 
-def flops(method: Method, size: str, batch: int, pixels: int) -> int:
+def flops(method: Method, config: TuningCostConfig) -> int:
     """Floating-point operations of one forward and backward pass, counted without computing them."""
-    loss, _ = prepare(method, size, batch, pixels, torch.device("meta"), torch.float32, False)
+    loss, _ = prepare(method, config, torch.device("meta"))
     with FlopCounterMode(display=False) as counter:
         loss().backward()
     return counter.get_total_flops()
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, float]:
+def measure(name: str, config: TuningCostConfig, device: torch.device) -> dict[str, float]:
     """Seconds a step without and with the optimiser, and the peak memory of this process or of its GPU."""
-    device = torch.device(arguments.device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    method = METHODS[arguments.child]
-    given = (arguments.size, arguments.batch, arguments.pixels, device, dtype, arguments.checkpointing)
-    loss, learning = prepare(method, *given)
-    optimizer = torch.optim.AdamW(learning, lr=1e-5)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    loss, learning = prepare(METHODS[name], config, device)
+    # In one pass over each weight: the other implementations fill and free several more tensors of its size.
+    optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True)
 
     def wait() -> float:
         if device.type == "cuda":
@@ -145,7 +154,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         return time.perf_counter()
 
     gradients, steps = [], []
-    for k in range(arguments.steps + 1):
+    for k in range(config.steps + 1):
         start = wait()
         loss().backward()
         between = wait()
@@ -165,22 +174,41 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def compare(config: TuningCostConfig, device: torch.device) -> dict[str, Any]:
+    """Of each method what `measure` gives in each round, "flops" of a step, and what it is for."""
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in config.methods}
+    for number in range(config.rounds):
+        for name in config.methods:
+            print(f"round {number + 1} of {config.rounds}: {name}", file=sys.stderr, flush=True)
+            command = [sys.executable, __file__, "--device", str(device), "--child", name]
+            done = subprocess.run(
+                [*command, json.dumps(asdict(config))], check=True, stdout=subprocess.PIPE, text=True
+            )
+            rounds[name].append(json.loads(done.stdout))
+    return {"rounds": rounds, "flops": {name: flops(METHODS[name], config) for name in config.methods}}
+
+
+def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each method and measure the ratio to tuning the whole UNet, as the median over the rounds.
+
+    Within a round, since what slows the machine for minutes slows both.
+    """
+    return {
+        name: {
+            key: statistics.median(a[key] / b[key] for a, b in zip(each, rounds[WHOLE], strict=True))
+            for key in each[0]
+        }
+        for name, each in rounds.items()
+    }
+
+
 def table(rounds: dict[str, list[dict[str, float]]], operations: dict[str, int]) -> str:
     """One row a method: medians over the rounds, and their ratios to tuning the whole UNet."""
     head = f"{'':46}{'s a step':>10}{'ratio':>7}{'no optimiser':>14}{'ratio':>7}{'GB':>7}{'ratio':>7}"
     head += f"{'FLOPs':>8}"
     lines = [head]
-    middle = {
-        name: {key: statistics.median(one[key] for one in each) for key in each[0]}
-        for name, each in rounds.items()
-    }
-    whole = middle[WHOLE]
-    for name, row in middle.items():
-        # Ratios within a round: what slows the machine for minutes slows both.
-        ratio = {
-            key: statistics.median(a[key] / b[key] for a, b in zip(rounds[name], rounds[WHOLE], strict=True))
-            for key in whole
-        }
+    for name, ratio in ratios(rounds).items():
+        row = {key: statistics.median(one[key] for one in rounds[name]) for key in ratio}
         lines.append(
             f"{name:46}{row['step']:>10.3f}{ratio['step']:>7.2f}{row['gradients']:>14.3f}{ratio['gradients']:>7.2f}"
             f"{row['peak']:>7.2f}{ratio['peak']:>7.2f}{operations[name] / operations[WHOLE]:>8.2f}"
@@ -208,33 +236,39 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help="those whose name begins so; default: all"
     )
-    parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--records", type=Path, metavar="FOLDER", help="keep what is measured there")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     if arguments.child:
-        print(json.dumps(measure(arguments)))
+        name, given = arguments.child
+        print(json.dumps(measure(name, TuningCostConfig(**json.loads(given)), device)))
         return
     wanted = tuple(arguments.methods or [""])
-    names = [name for name in METHODS if name == WHOLE or name.startswith(wanted)]
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in range(arguments.rounds):
-        for name in names:
-            print(f"round {number + 1} of {arguments.rounds}: {name}", file=sys.stderr, flush=True)
-            command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
-            rounds[name].append(
-                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            )
-    operations = {
-        name: flops(METHODS[name], arguments.size, arguments.batch, arguments.pixels) for name in names
-    }
-    where = (
-        torch.cuda.get_device_name()
-        if arguments.device == "cuda"
-        else torch.backends.cpu.get_cpu_capability()
+    config = TuningCostConfig(
+        methods=tuple(name for name in METHODS if name == WHOLE or name.startswith(wanted)),
+        **{
+            name: getattr(arguments, name)
+            for name in TuningCostConfig.__dataclass_fields__
+            if name != "methods"
+        },
     )
-    print(f"{where}, torch {torch.__version__}; {arguments.rounds} rounds of {arguments.steps} steps")
-    kind = ", gradient checkpointing" if arguments.checkpointing else ""
-    print(f"{arguments.size}, {arguments.pixels} px, batch {arguments.batch}, {arguments.dtype}{kind}")
-    print(table(rounds, operations))
+    if arguments.records is None:
+        found = compare(config, device)
+    else:
+        record = records.get(
+            config,
+            lambda config: compare(config, device),
+            device=device,
+            folder=arguments.records,
+            again=True,
+        )
+        found = record.metrics
+    where = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    print(f"{where}, torch {torch.__version__}; {config.rounds} rounds of {config.steps} steps")
+    kind = ", gradient checkpointing" if config.checkpointing else ""
+    print(f"{config.size}, {config.pixels} px, batch {config.batch}, {config.dtype}{kind}")
+    print(table(found["rounds"], found["flops"]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ interfaces load, so that a result can leave this project.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,6 +67,18 @@ def low_rank(
         elif not only_exportable:
             delta[name] = w
     return replace(customization, delta=delta)
+
+
+def megabytes_at(weights: Mapping[str, Tensor], rank: int) -> float:
+    """Megabytes, in half precision, of a change of these weights as `low_rank` keeps it at this rank."""
+    numbers = (w.numel() if w.ndim < 2 else min(factor_numbers(w, rank), w.numel()) for w in weights.values())
+    return sum(numbers) * 2 / 1e6
+
+
+def factor_numbers(w: Tensor, rank: int) -> int:
+    """How many numbers the two factors of a weight's change have at a rank."""
+    wide = w[0].numel()
+    return min(rank, w.shape[0], wide) * (w.shape[0] + wide)
 
 
 def relative_error(approximate: Customization, exact: Customization) -> float:

@@ -462,7 +462,8 @@ def load_backbone(
 ) -> Backbone:
     """Load a backbone: "mini", "sd15", a folder in diffusers layout, or a hub id; frozen, ready to customize.
 
-    `device` None takes cuda, mps or the CPU, whichever is there first; `dtype` None is float32.
+    `device` None takes cuda, mps or the CPU, whichever is there first; `dtype` None is float32, but float16
+    for a backbone of Stable Diffusion's size on a GPU, where tuning would not fit the common ones otherwise.
     `image_tower`, `filters`: see `Backbone.from_pretrained`. Raises FileNotFoundError for a missing folder or
     component, OSError when a hub model is neither stored on this machine nor reachable; warns of the time
     that tuning takes where a large backbone ends up on the CPU unasked.
@@ -492,7 +493,10 @@ def load_backbone(
         filters=filters,
         name=name if name in MODELS or model.repository else None,
     )
-    backbone.to(device or choose_device())
+    where = torch.device(device or choose_device())
+    if dtype is None and where.type == "cuda" and backbone.large:
+        dtype = torch.float16
+    backbone.to(where, dtype)
     if device is None and backbone.device.type == "cpu" and backbone.large:
         _warn_of_the_time(backbone)
     return backbone

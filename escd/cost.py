@@ -12,18 +12,22 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from .artefacts import factor_numbers
 from .backbone import Backbone
-from .halves import down_path
+from .halves import down_path, recomputed
 from .parts import parameters_of
 from .tuning import NO_PART, Draws, TuningConfig, fast_arithmetic, predicted, runs_in
 
 WEIGHT = 4  # bytes of a number that learns; its gradient and its moments take as many each
-MOMENTS = {"adamw": 2, "muon": 1}
+MOMENTS = {"adamw": 2, "muon": 1, "adamw8bit": 0.5}
+# Share of a GPU's memory that what is counted here may take: its driver and PyTorch's libraries want theirs,
+# and an allocator cannot use all of the rest.
+USABLE = 0.85
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,14 @@ class TuningCost:
         return f"about {self.total / 2**30:.2f} GB ({', '.join(parts)})"
 
 
-def tuning_cost(backbone: Backbone, config: TuningConfig) -> TuningCost:
+def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool | None = None) -> TuningCost:
     """Memory and arithmetic of `customize` with this configuration on this backbone, where it is.
 
-    A prediction: allocators round up, and libraries have workspaces of their own.
+    checkpointing: as `customize` has it. A prediction: allocators round up, and libraries have workspaces of
+    their own.
     """
+    if checkpointing is None:
+        checkpointing = needs_checkpointing(backbone, config)
     dtype = backbone.unet.dtype
     with FakeTensorMode(), torch.device(backbone.device), fast_arithmetic(backbone.device):
         unet = _fake(backbone.unet, dtype)
@@ -79,21 +86,35 @@ def tuning_cost(backbone: Backbone, config: TuningConfig) -> TuningCost:
         if config.conditioning == "cached":
             with torch.no_grad():
                 seen.maps = down_path(unet, seen.x_t, seen.t, text)
+        text.requires_grad_()
         kept = _Kept([*unet.parameters(), *weights.values()])
+        if checkpointing:
+            unet.enable_gradient_checkpointing(kept.recomputed)
+        with saved_tensors_hooks(kept.keep, lambda saved: saved):
+            predicted(unet, weights, seen, text, config.conditioning)
+        if checkpointing:
+            unet.enable_gradient_checkpointing(recomputed)
         with FlopCounterMode(display=False) as counter:
-            with saved_tensors_hooks(kept.keep, lambda saved: saved):
-                loss = predicted(unet, weights, seen, text.requires_grad_(), config.conditioning).sum()
-            loss.backward()
+            predicted(unet, weights, seen, text, config.conditioning).sum().backward()
     frozen = sum(p.nbytes for module in backbone.modules.values() for p in module.parameters())
-    # Muon is for matrices; what is none, AdamW changes.
+    runs = runs_in(backbone.device)
+    if backbone.device.type == "cpu" and runs not in (None, dtype):  # `working_copy`'s own
+        frozen += runs.itemsize * sum(p.numel() for name, p in unet.named_parameters() if name not in trained)
     learning = sum(
-        _learns(p, config.rank) * WEIGHT * (2 + MOMENTS[config.optimizer if p.ndim > 1 else "adamw"])
-        for p in trained.values()
+        int(WEIGHT * (2 + MOMENTS[_changes(p, config)]) * _learns(p, config)) for p in trained.values()
     )
     if config.rank is not None:  # the weights they change are made anew in each step, and differentiated
         learning += sum(2 * WEIGHT * p.numel() for p in trained.values())
-    activations = kept.bytes + config.batch_size * _text_activations(backbone)
+    activations = kept.bytes + kept.largest + config.batch_size * _text_activations(backbone)
     return TuningCost(frozen, learning, activations, counter.get_total_flops() * config.steps)
+
+
+def needs_checkpointing(backbone: Backbone, config: TuningConfig) -> bool:
+    """Whether a GPU has too little memory to keep all that a step computes inside the UNet."""
+    if backbone.device.type != "cuda" or not backbone.large:
+        return False
+    there = torch.cuda.get_device_properties(backbone.device).total_memory
+    return tuning_cost(backbone, config, checkpointing=False).total > USABLE * there
 
 
 def cpu_seconds(cost: TuningCost, side: int = 1024) -> float:
@@ -121,7 +142,7 @@ def require_memory(cost: TuningCost, device: torch.device) -> None:
         raise MemoryError(
             f"tuning takes {cost}, and {torch.cuda.get_device_name(device)} has {there / 2**30:.1f} GB: load "
             "the backbone in half precision (dtype=torch.float16), lower TuningConfig.batch_size, learn the "
-            'change at a rank (rank=16), or, for an appearance, take conditioning="half"'
+            'change at a rank (rank=16), take optimizer="adamw8bit", or conditioning="half" for an appearance'
         )
 
 
@@ -130,6 +151,7 @@ class _Kept:
 
     def __init__(self, own: Iterable[Tensor]) -> None:
         self.bytes = 0
+        self.largest = 0  # of what is computed again, which is there for one block at a time
         self.known = {p.untyped_storage()._cdata for p in own}
         self.held: list[Tensor] = []  # a storage that is freed could lend its address to the next
 
@@ -140,6 +162,18 @@ class _Kept:
             self.held.append(saved)
             self.bytes += storage.nbytes()
         return saved
+
+    def recomputed(self, module: nn.Module, *inputs: object) -> object:
+        """Counts what `halves.recomputed` keeps: a block's inputs, the rest for the time it is needed."""
+        for x in inputs:
+            if isinstance(x, Tensor):
+                self.keep(x)
+        inside = _Kept(())
+        inside.known = set(self.known)
+        with saved_tensors_hooks(inside.keep, lambda saved: saved):
+            outputs = module(*inputs)
+        self.largest = max(self.largest, inside.bytes)
+        return outputs
 
 
 def _text_activations(backbone: Backbone) -> int:
@@ -166,8 +200,13 @@ def _fake(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionMode
         torch.set_default_dtype(before)
 
 
-def _learns(p: Tensor, rank: int | None) -> int:
+def _changes(p: Tensor, config: TuningConfig) -> str:
+    """The optimiser of a parameter: Muon is for matrices; what is none, AdamW changes."""
+    if config.optimizer == "muon":
+        return "muon" if p.ndim > 1 else "adamw"
+    return config.optimizer
+
+
+def _learns(p: Tensor, config: TuningConfig) -> int:
     """Numbers that learn of a parameter."""
-    if rank is None:
-        return p.numel()
-    return min(rank, p.shape[0], p[0].numel()) * (p.shape[0] + p[0].numel())
+    return p.numel() if config.rank is None else factor_numbers(p, config.rank)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -78,6 +79,17 @@ def with_weights(
     """`down_path` or `up_path` of `unet` with some of its weights exchanged, by their names in the UNet."""
     named = {f"unet.{name}": w for name, w in weights.items()}
     return functional_call(_Path(unet, path), named, inputs)
+
+
+def recomputed(module: nn.Module, *inputs: object) -> object:
+    """`module(*inputs)`, whose inner results are not kept but computed again on the way back.
+
+    For `unet.enable_gradient_checkpointing`. Where `functional_call` has exchanged the weights, the second
+    time sees the exchanged ones too: by then it has put the module's own back, and diffusers' default would
+    differentiate those.
+    """
+    weights = dict(module.named_parameters())
+    return checkpoint(functional_call, module, weights, inputs, use_reentrant=False)
 
 
 def half_of(names: Sequence[str]) -> str | None:

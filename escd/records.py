@@ -96,25 +96,27 @@ def get(
     inputs: Mapping[str, str] | None = None,
     device: torch.device | str | None = None,
     folder: Path | None = None,
+    again: bool = False,
 ) -> Record:
     """The stored record of `config`; where there is none, `run(config)` makes its metrics and it is appended.
 
     `inputs` maps names to sha256 (weights, references): a stored record made from other inputs is out of date
     and does not count. `device` is where `run` computes; None is the one `load_backbone` chooses by itself.
+    `again`: run and append even where one is stored, as a measurement of speed wants; the newest counts.
     Raises KeyError where nothing is stored and there is no `run`; TypeError for a config that is not a frozen
     dataclass or whose values are not of their types.
     """
     folder = FOLDER if folder is None else folder
     key = key_of(config)
     stored = _find(_read(folder, kind_of(config)), key, inputs)
-    if stored is not None:
+    if stored is not None and not again:
         return stored
     if run is None:
         raise KeyError(f"figures/records has no {kind_of(config)} record of {config}: `make study` makes it")
     start = time.perf_counter()
     metrics = run(config)
     seconds = time.perf_counter() - start
-    return _append(folder, config, key, metrics, inputs, seconds, device)
+    return _append(folder, config, key, metrics, inputs, seconds, device, again)
 
 
 def all(kind: str | type, *, folder: Path | None = None) -> list[Record]:
@@ -368,6 +370,7 @@ def _append(
     inputs: Mapping[str, str] | None,
     seconds: float,
     device: torch.device | str | None,
+    again: bool,
 ) -> Record:
     """Append one whole line under a lock; where another process was quicker, its record is returned."""
     record = Record(
@@ -388,7 +391,7 @@ def _append(
         file.seek(0)
         text = file.read()
         stored = _find(_parse(text, record.kind), key, inputs)
-        if stored is not None:
+        if stored is not None and not again:
             return stored
         file.truncate(text.rfind(b"\n") + 1)
         file.write(line)

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from .backbone import Backbone, loss_weight, target_of
 from .customization import Attribute, Customization, LowRank, resolve_attribute
 from .fusion import pseudo_word
-from .halves import down_path, half_of, up_path, with_weights
+from .halves import down_path, half_of, recomputed, up_path, with_weights
 from .images import Source, open_image_and_mask
 from .measure import foreground_mask
 from .parts import parameters_of
@@ -46,9 +46,10 @@ PROMPTS = {
 }
 
 # What changes the matrices and kernels of a part. Muon learns more in as many steps (notebook 3).
-OPTIMIZERS = ("muon", "adamw")
+# "adamw8bit" is AdamW with its two averages in a byte each (Dettmers et al. 2022), for want of memory.
+OPTIMIZERS = ("muon", "adamw", "adamw8bit")
 OPTIMIZER = "muon"
-SETTLING = {"muon": 0.6, "adamw": 0.2}  # share of the steps in which the rate falls to zero
+SETTLING = {"muon": 0.6, "adamw": 0.2, "adamw8bit": 0.2}  # share of the steps in which the rate falls to zero
 # Learning rate and steps for each half of the UNet. The halves differ in size and depth, so one rate for both
 # would compare rates, not halves.
 RATES = {
@@ -61,6 +62,7 @@ RATES = {
         "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
     },
 }
+RATES["adamw8bit"] = RATES["adamw"]
 STEPS = {"shape": 320, "appearance": 40}
 # The pseudo-word's rate. An outline needs the weights more than the word.
 WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
@@ -99,8 +101,8 @@ class TuningConfig:
     word_learning_rate: float = 1e-3
     # Of the part's biases and norms, and never more than `learning_rate`; None: the same.
     bias_learning_rate: float | None = None
-    # What changes the part's matrices and kernels: "muon" (Jordan et al. 2024), or "adamw", which changes all
-    # the rest either way.
+    # What changes the part's matrices and kernels: "muon" (Jordan et al. 2024), "adamw" or "adamw8bit". AdamW
+    # changes all the rest either way.
     optimizer: str = "adamw"
     batch_size: int = 8
     # How many differently augmented views of the reference are encoded, once, before the first step.
@@ -136,7 +138,7 @@ class TuningConfig:
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"a rank is a whole number from 1 on, not {self.rank}")
         if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer is {' or '.join(OPTIMIZERS)}, not {self.optimizer!r}")
+            raise ValueError(f"optimizer is one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if self.optimizer == "muon" and self.rank is not None:
             raise ValueError("Muon is for whole matrices; the factors of a rank learn with optimizer='adamw'")
         if self.conditioning not in CONDITIONING:
@@ -314,6 +316,7 @@ def customize(
     mask: Source | None = None,
     callback: Callable[[int, float], bool | None] | None = None,
     progress: bool = True,
+    checkpointing: bool | None = None,
     config: TuningConfig | None = None,
 ) -> Customization:
     """Learn one attribute of one image: a pseudo-word, and the change of one part of the UNet (paper, Eq. 6).
@@ -324,10 +327,13 @@ def customize(
     untuned. part: what learns, by default the attribute's own half; "none" tunes the pseudo-word alone. rank:
     learn the change at this rank, for a small file that can be exported whole; None learns it in full.
     callback(step, loss) is called after each step and ends the tuning early by returning True. Ctrl-C ends
-    it too, and what was learnt until then is returned. The backbone itself is not changed.
+    it too, and what was learnt until then is returned. checkpointing: compute the UNet's inner results again
+    on the way back instead of keeping them (Chen et al. 2016): the same result for a fraction of the memory
+    and about a third more time; None does so where a GPU's memory would not do otherwise (`escd.cost`). The
+    backbone itself is not changed.
 
-    Raises ValueError or TypeError for an unknown attribute or part and for bad numbers, and what
-    `open_image` raises.
+    Raises ValueError or TypeError for an unknown attribute or part and for bad numbers, ImportError for
+    "adamw8bit" without bitsandbytes, and what `open_image` raises.
     """
     attribute = resolve_attribute(attribute)
     if config is None:
@@ -354,7 +360,12 @@ def customize(
     change = _Change(trained) if config.rank is None else _Factors(trained, config.rank, config.seed)
     losses: list[float] = []
     if config.steps:
-        _tune(backbone, attribute, config, picture, inside, v, change, losses, callback, progress)
+        if checkpointing is None:
+            from .cost import needs_checkpointing  # which knows what tuning is
+
+            checkpointing = needs_checkpointing(backbone, config)
+        network = working_copy(backbone.unet, change.before, checkpointing)
+        _tune(backbone, network, attribute, config, picture, inside, v, change, losses, callback, progress)
     delta = change.delta() if losses else {}
     return Customization(
         attribute=attribute,
@@ -420,8 +431,13 @@ class _Factors(_Change):
         return {n: LowRank(*(f.half().cpu() for f in pair)) for n, pair in self.learning.items()}
 
 
-def _optimizers(v: Tensor, change: _Change, config: TuningConfig) -> list[torch.optim.Optimizer]:
-    """What changes the pseudo-word, and the part's matrices and its biases and norms, each at its rate."""
+def _optimizers(
+    v: Tensor, change: _Change, config: TuningConfig, fused: bool = False
+) -> list[torch.optim.Optimizer]:
+    """What changes the pseudo-word, and the part's matrices and its biases and norms, each at its rate.
+
+    fused: AdamW's arithmetic in one go over each weight, which large ones need (`benchmarks/tuning_cost.py`).
+    """
     matrices = [w for w in change.parameters() if w.ndim > 1]
     vectors = [w for w in change.parameters() if w.ndim < 2]
     muon = config.optimizer == "muon" and matrices
@@ -432,7 +448,11 @@ def _optimizers(v: Tensor, change: _Change, config: TuningConfig) -> list[torch.
         {"params": [] if muon else matrices, "lr": config.learning_rate},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)]
+    settings = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    if config.optimizer == "adamw8bit":
+        optimizers = [_eight_bit()(groups, **settings)]
+    else:
+        optimizers = [torch.optim.AdamW(groups, **settings, fused=fused or None)]
     if muon:
         # Steps as long as AdamW's, so that one rate fits both.
         optimizers.append(
@@ -447,8 +467,20 @@ def _optimizers(v: Tensor, change: _Change, config: TuningConfig) -> list[torch.
     return optimizers
 
 
+def _eight_bit() -> type[torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError(
+            'optimizer "adamw8bit" is the package bitsandbytes\', which is not installed here: '
+            'pip install bitsandbytes; "adamw" needs none'
+        ) from error
+    return AdamW8bit
+
+
 def _tune(
     backbone: Backbone,
+    network: UNet2DConditionModel,
     attribute: Attribute,
     config: TuningConfig,
     picture: Tensor,
@@ -461,13 +493,12 @@ def _tune(
 ) -> None:
     """Change `v` and `change` in place and append to `losses`, step by step."""
     device, unet = backbone.device, backbone.unet
-    network = working_copy(unet, change.before) if device.type == "cpu" else unet
     views, masks, said = views_of(picture, None if inside is None else inside.to(device), config)
     latents = torch.cat([backbone.encode_images(x) for x in views.split(16)]).float()  # (V, 4, h, w)
     masks = F.interpolate(masks, size=latents.shape[-2:], mode="area")  # (V, 1, h, w)
     backbone.add_token(attribute.token)
     prompts = [readable(backbone, attribute.token, each, PROMPTS[config.recipe]) for each in said]
-    optimizers = _optimizers(v, change, config)
+    optimizers = _optimizers(v, change, config, fused=backbone.large)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
     # Gradients too small for float16 are scaled up on their way back; elsewhere this does nothing.
@@ -611,19 +642,29 @@ def runs_in(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if has else None
 
 
-def working_copy(unet: UNet2DConditionModel, trained: Collection[str]) -> UNet2DConditionModel:
-    """The UNet as tuning on a CPU runs it, the same function in less time (`benchmarks/tuning_step.py`).
+def working_copy(
+    unet: UNet2DConditionModel, trained: Collection[str], checkpointing: bool = False
+) -> UNet2DConditionModel:
+    """The UNet as tuning runs it: the same function and the same weights, in less time or less memory.
 
-    Its frozen weights are in the dtype of `runs_in`, once and for all: autocast would round every weight
-    again in every step. The `trained` ones, which are exchanged anyway, are the UNet's own. And its attention
-    leaves out what PyTorch's does for rows that are masked all over.
+    With `checkpointing` what it computes inside is computed again on the way back instead of kept. On a CPU
+    (`benchmarks/tuning_step.py`) its frozen weights are in the dtype of `runs_in`, once and for all: autocast
+    would round every weight again in every step. The `trained` ones, which are exchanged anyway, are the
+    UNet's own. And its attention leaves out what PyTorch's does for rows that are masked all over.
     """
-    dtype = runs_in(unet.device) or unet.dtype
+    on_cpu = unet.device.type == "cpu"
+    dtype = (runs_in(unet.device) if on_cpu else None) or unet.dtype
     same = {
-        id(p): p if name in trained else nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        id(p): p if name in trained or p.dtype is dtype else nn.Parameter(p.detach().to(dtype), False)
         for name, p in unet.named_parameters()
     }
     network = copy.deepcopy(unet, same)
+    if checkpointing:
+        network.enable_gradient_checkpointing(recomputed)
+    else:  # a UNet that came with it on would differentiate its own weights
+        network.disable_gradient_checkpointing()
+    if not on_cpu:
+        return network
     plain = network.attn_processors.items()
     network.set_attn_processor({n: AttnProcessor() if type(p) is AttnProcessor2_0 else p for n, p in plain})
     return network

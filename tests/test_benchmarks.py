@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from escd import records
+from escd.artefacts import megabytes_at
 from escd.parts import parameters_of
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -60,14 +61,21 @@ def test_the_whole_method_at_a_size(capsys, monkeypatch, tmp_path):
         "shape",
         "appearance",
     }
+    for sizes in record.metrics["mb_at_rank"].values():
+        assert list(sizes.values()) == sorted(sizes.values())
 
 
-def test_tuning_cost(capsys, monkeypatch):
-    arguments = ["--size", "small", "--pixels", "64", "--rounds", "1", "--steps", "1", "--device", "cpu"]
+def test_tuning_cost(capsys, monkeypatch, tmp_path):
+    arguments = ["--size", "small", "--pixels", "64", "--rounds", "2", "--steps", "1", "--device", "cpu"]
     chosen = ["--dtype", "float32", "--threads", "1", "--methods", "shape", "appearance, encoder"]
-    monkeypatch.setattr("sys.argv", ["tuning_cost.py", *arguments, *chosen])
-    runpy.run_path(str(FOLDER / "tuning_cost.py"), run_name="__main__")
-    _, _, head, *rows = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr("sys.argv", ["tuning_cost.py", *arguments, *chosen, "--records", str(tmp_path)])
+    for times in (1, 2):
+        runpy.run_path(str(FOLDER / "tuning_cost.py"), run_name="__main__")
+        lines = (tmp_path / "tuning_cost.jsonl").read_text().splitlines()
+        assert len(lines) == times, "measured anew each time"
+    (record,) = records.all("tuning_cost", folder=tmp_path)
+    assert all(len(rounds) == 2 for rounds in record.metrics["rounds"].values())
+    _, _, head, *rows = capsys.readouterr().out.splitlines()[-6:]
     assert head.split()[-1] == "FLOPs" and len(rows) == 3
     whole, shape, kept = (row.split() for row in rows)
     assert whole[-1] == "1.00" and float(kept[-1]) < float(shape[-1]) < 1
@@ -84,8 +92,9 @@ def test_the_cost_of_stable_diffusions_halves():
     }
     assert millions == {"all": 859.5, "encoder": 249.6, "mid": 97.0, "decoder": 510.8}
     methods = cost["METHODS"]
+    config = cost["TuningCostConfig"](tuple(methods), pixels=512)
     whole, shape, half, kept = (
-        cost["flops"](methods[name], "sd15", 1, 512)
+        cost["flops"](methods[name], config)
         for name in (
             cost["WHOLE"],
             "shape",
@@ -95,3 +104,5 @@ def test_the_cost_of_stable_diffusions_halves():
     )
     # 0.77, 0.78 and 0.67 of multiplications alone; attention computes some of its forward pass twice
     assert [x / whole for x in (shape, half, kept)] == pytest.approx([0.77, 0.78, 0.67], abs=0.04)
+    assert megabytes_at(parameters_of(unet, "encoder"), 38) == pytest.approx(25, rel=0.05)
+    assert megabytes_at(parameters_of(unet, "decoder"), 19) == pytest.approx(25, rel=0.05)

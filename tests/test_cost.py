@@ -11,7 +11,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import escd
-from escd.cost import TuningCost, cpu_seconds, require_memory, time_in_words, tuning_cost
+from escd.cost import (
+    TuningCost,
+    cpu_seconds,
+    needs_checkpointing,
+    require_memory,
+    time_in_words,
+    tuning_cost,
+)
 from escd.tuning import Draws, TuningConfig, predicted
 
 # Peak memory of a process that tunes mini for two steps, in bytes.
@@ -22,7 +29,8 @@ from escd.tuning import TuningConfig
 torch.set_num_threads(1)
 backbone = escd.load_backbone("mini", device="cpu")
 config = TuningConfig.of("appearance", steps=2, views=2, batch_size=int(sys.argv[1]))
-escd.customize(torch.zeros(3, 64, 64), "appearance", backbone, config=config, progress=False)
+given = {"progress": False, "checkpointing": sys.argv[2] == "True"}
+escd.customize(torch.zeros(3, 64, 64), "appearance", backbone, config=config, **given)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 if sys.platform == "linux":  # there it is never less than that of the process that started this one
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -31,15 +39,20 @@ print(peak)
 """
 
 
-def test_the_memory_that_batches_take_is_foretold():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_memory_that_batches_take_is_foretold(checkpointing):
     backbone = escd.load_backbone("mini", device="cpu")
     peaks, costs = [], []
     for batch in (8, 72):
         done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(batch)], check=True, capture_output=True, text=True
+            [sys.executable, "-c", PEAK, str(batch), str(checkpointing)],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         peaks.append(int(done.stdout))
-        costs.append(tuning_cost(backbone, TuningConfig.of("appearance", steps=2, batch_size=batch)))
+        config = TuningConfig.of("appearance", steps=2, batch_size=batch)
+        costs.append(tuning_cost(backbone, config, checkpointing=checkpointing))
     assert costs[0].learning == costs[1].learning and costs[0].frozen == costs[1].frozen
     grown = costs[1].activations - costs[0].activations
     assert 6 < grown / costs[0].activations < 8, "in proportion to the batch, but for copies of the weights"
@@ -80,6 +93,26 @@ def test_operations_are_those_of_a_real_step(backbone):
     assert joint > half > cached > 0
 
 
+def test_checkpointing_trades_memory_for_arithmetic(backbone):
+    config = TuningConfig.of("appearance", batch_size=8)
+    plain, less = (tuning_cost(backbone, config, checkpointing=on) for on in (False, True))
+    assert less.activations < 0.5 * plain.activations and less.learning == plain.learning
+    # one way there more, of three
+    assert 1.2 < less.operations / plain.operations < 1.4
+    eight = tuning_cost(backbone, TuningConfig.of("appearance", optimizer="adamw8bit"))
+    assert eight.learning < tuning_cost(backbone, TuningConfig.of("appearance", optimizer="muon")).learning
+
+
+@pytest.mark.parametrize(("gigabytes", "wanted"), [(12, True), (48, False)])
+def test_a_small_gpu_has_checkpointing_without_being_asked(backbone, monkeypatch, gigabytes, wanted):
+    config, here = TuningConfig.of("appearance"), SimpleNamespace(total_memory=gigabytes << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: here)
+    monkeypatch.setattr("escd.cost.tuning_cost", lambda *_, **__: TuningCost(4 << 30, 7 << 30, 1 << 30, 1))
+    assert not needs_checkpointing(backbone, config), "on a CPU"
+    gpu = SimpleNamespace(device=torch.device("cuda"), large=True)
+    assert needs_checkpointing(gpu, config) is wanted
+
+
 def test_it_is_said_in_words(backbone):
     cost = tuning_cost(backbone, TuningConfig.of("shape", steps=1))
     assert "backbone" in str(cost) and "activations" in str(cost) and cpu_seconds(cost) > 0
@@ -94,5 +127,7 @@ def test_too_little_gpu_memory_says_what_helps(monkeypatch):
     cost = TuningCost(3 << 30, 3 << 30, 1 << 30, 1)
     require_memory(cost, torch.device("cuda"))
     require_memory(TuningCost(1 << 40, 0, 0, 1), torch.device("cpu"))
-    with pytest.raises(MemoryError, match=r"about 9\.00 GB.*Card has 8\.0 GB.*float16.*batch_size.*rank"):
+    with pytest.raises(
+        MemoryError, match=r"about 9\.00 GB.*Card has 8\.0 GB.*float16.*batch_size.*rank.*adamw8bit"
+    ):
         require_memory(TuningCost(5 << 30, 3 << 30, 1 << 30, 1), torch.device("cuda"))

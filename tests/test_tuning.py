@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from escd.tuning import (
     PROMPTS,
     Draws,
     TuningConfig,
+    _Change,
+    _optimizers,
     fast_arithmetic,
     predicted,
     read_ahead,
@@ -201,6 +204,81 @@ def test_a_backbones_own_attention_processors_stay(backbone):
     unet.set_attn_processor({n: Own() if n == first else p for n, p in unet.attn_processors.items()})
     kept = working_copy(unet, {}).attn_processors
     assert type(kept.pop(first)) is Own and AttnProcessor2_0 not in map(type, kept.values())
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "half"])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(backbone, seen, part, conditioning):
+    weights, v = learning(backbone, part)
+    kept, found = [], []
+    for checkpointing in (False, True):
+        network = working_copy(backbone.unet, weights, checkpointing)
+        for p in [*weights.values(), v]:
+            p.grad = None
+        counted = 0
+
+        def count(saved):
+            nonlocal counted
+            counted += saved.nbytes
+            return saved
+
+        text = backbone.encode_prompt(seen.prompts, {"*a": v})
+        with fast_arithmetic(backbone.device):
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+                out = predicted(network, weights, seen, text, conditioning)
+            out.float().square().mean().backward()
+        kept.append(counted)
+        found.append([out.detach(), *(p.grad.clone() for p in [*weights.values(), v])])
+    # The weights that learn are not the UNet's own, so a second pass through its own would show.
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_a_unet_with_checkpointing_on_is_tuned_as_any_other(backbone, picture):
+    plain = escd.customize(picture, "shape", backbone, config=quick("shape"), progress=False)
+    unet = backbone.unet
+    unet.enable_gradient_checkpointing()
+    try:
+        for checkpointing in (None, True):
+            learnt = escd.customize(
+                picture, "shape", backbone, config=quick("shape"), progress=False, checkpointing=checkpointing
+            )
+            assert learnt.losses == pytest.approx(plain.losses, rel=1e-3)
+        assert unet.is_gradient_checkpointing
+    finally:
+        unet.disable_gradient_checkpointing()
+
+
+def test_adamw_in_eight_bits_learns_with_smaller_averages(backbone, picture):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    config = quick("appearance", optimizer="adamw8bit", learning_rate=1e-3)
+    v = torch.zeros(32, requires_grad=True)
+    large = torch.nn.Parameter(torch.randn(128, 64))
+    change = _Change({"large": large})
+    (optimizer,) = _optimizers(v, change, config)
+    assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
+    (change.weights()["large"].square().sum() + v.sum()).backward()
+    optimizer.step()
+    (weight,) = change.parameters()
+    assert optimizer.state[weight]["state1"].dtype is torch.uint8, "a byte for each number"
+    assert not torch.equal(change.weights()["large"], large)
+    learnt = escd.customize(picture, "appearance", backbone, config=config, progress=False)
+    exact = escd.customize(
+        picture,
+        "appearance",
+        backbone,
+        config=quick("appearance", optimizer="adamw", learning_rate=1e-3),
+        progress=False,
+    )
+    assert learnt.losses == pytest.approx(exact.losses, rel=0.05)
+
+
+def test_eight_bits_without_the_package_say_what_to_install(backbone, picture, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    config = quick("appearance", optimizer="adamw8bit")
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        escd.customize(picture, "appearance", backbone, config=config, progress=False)
 
 
 def test_the_same_seed_is_the_same_customization(backbone, picture):
@@ -473,7 +551,7 @@ def test_bad_numbers_are_refused(backbone, picture, changes, error):
 
 
 def test_unknown_optimizers_and_muon_for_factors_are_refused():
-    with pytest.raises(ValueError, match="muon or adamw"):
+    with pytest.raises(ValueError, match="muon, adamw, adamw8bit"):
         TuningConfig.of("shape", optimizer="sgd")
     with pytest.raises(ValueError, match="whole matrices"):
         TuningConfig.of("shape", optimizer="muon", rank=2)
