@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from escd import records
+from escd.cost import relative
 from escd.halves import down_path, recomputed
 from escd.parts import parameters_of
 from escd.tuning import Draws, predicted
@@ -188,26 +189,12 @@ def compare(config: TuningCostConfig, device: torch.device) -> dict[str, Any]:
     return {"rounds": rounds, "flops": {name: flops(METHODS[name], config) for name in config.methods}}
 
 
-def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Of each method and measure the ratio to tuning the whole UNet, as the median over the rounds.
-
-    Within a round, since what slows the machine for minutes slows both.
-    """
-    return {
-        name: {
-            key: statistics.median(a[key] / b[key] for a, b in zip(each, rounds[WHOLE], strict=True))
-            for key in each[0]
-        }
-        for name, each in rounds.items()
-    }
-
-
 def table(rounds: dict[str, list[dict[str, float]]], operations: dict[str, int]) -> str:
     """One row a method: medians over the rounds, and their ratios to tuning the whole UNet."""
     head = f"{'':46}{'s a step':>10}{'ratio':>7}{'no optimiser':>14}{'ratio':>7}{'GB':>7}{'ratio':>7}"
     head += f"{'FLOPs':>8}"
     lines = [head]
-    for name, ratio in ratios(rounds).items():
+    for name, ratio in relative(rounds, to=WHOLE).items():
         row = {key: statistics.median(one[key] for one in rounds[name]) for key in ratio}
         lines.append(
             f"{name:46}{row['step']:>10.3f}{ratio['step']:>7.2f}{row['gradients']:>14.3f}{ratio['gradients']:>7.2f}"

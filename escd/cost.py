@@ -6,8 +6,9 @@ what the step would keep for its way back is counted, and so are its floating-po
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,6 +132,20 @@ def time_in_words(cost: TuningCost) -> str:
     """The least time that tuning takes on this CPU, in seconds or minutes."""
     seconds = cpu_seconds(cost)
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def relative(rounds: Mapping[str, Sequence[Mapping[str, float]]], to: str) -> dict[str, dict[str, float]]:
+    """Of each method and measure the ratio to method `to`: the median over rounds of measurements.
+
+    Within a round, since what slows a machine for minutes slows both.
+    """
+    return {
+        name: {
+            key: statistics.median(a[key] / b[key] for a, b in zip(each, rounds[to], strict=True))
+            for key in each[0]
+        }
+        for name, each in rounds.items()
+    }
 
 
 def require_memory(cost: TuningCost, device: torch.device) -> None:

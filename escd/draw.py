@@ -50,6 +50,7 @@ from escd.fusion import AttributeFilter
 from escd.halves import down_path
 from escd.numbers import (
     ARMS,
+    at_full_size,
     ranks,
     repeatable,
     results,
@@ -601,9 +602,11 @@ def transfer_by_rank() -> Drawing:
     found, used = ranks()
     if not found:
         raise KeyError("figures/records has no reference at every rank: `make study` makes it")
-    drawing = Drawing(COLUMN, 2.9, layout="constrained")
+    large = at_full_size("size")
+    drawing = Drawing(COLUMN, 2.9 if large is None else 4.2, layout="constrained")
     scores = {"shape": ("iou", "shape, IoU"), "appearance": ("retrieval", "appearance, retrieved")}
-    for axes, attribute in zip(drawing.subplots(2, 1, sharex=True), ATTRIBUTES.values(), strict=True):
+    panels = drawing.subplots(2 if large is None else 3, 1, sharex=True)
+    for axes, attribute in zip(panels[:2], ATTRIBUTES.values(), strict=True):
         score, label = scores[attribute.name]
         rows, colour = found[attribute.name], SHAPE if attribute.part == "encoder" else APPEARANCE
         low = [row for row in rows if row.rank is not None]
@@ -629,8 +632,21 @@ def transfer_by_rank() -> Drawing:
         axes.set_ylim(0, 1.1 * max(row.transfer[score] for row in rows))
         axes.grid(True, axis="y")
         axes.legend(loc="lower right")
-    axes.set_xlabel("rank of each weight's change (below each: MB)")
-    return drawing.made_from(used)
+    if large is not None:
+        axes = panels[2]
+        for attribute in ATTRIBUTES.values():
+            sizes = large.metrics["mb_at_rank"][attribute.part]
+            kept = [(int(rank), mb) for rank, mb in sizes.items() if int(rank) <= low[-1].rank]
+            full = large.metrics["file_mb"][attribute.name]
+            colour = SHAPE if attribute.part == "encoder" else APPEARANCE
+            label = f"{attribute.name} ({full:.0f} in full)"
+            axes.plot(*zip(*kept, strict=True), "o-", color=colour, label=label)
+        axes.set_yscale("log")
+        axes.set_ylabel("SD 1.5's size, MB")
+        axes.grid(True, axis="y")
+        axes.legend(loc="lower right")
+    panels[-1].set_xlabel("rank of each weight's change (in the upper two, below each: MB)")
+    return drawing.made_from(used if large is None else [*used, large])
 
 
 # --------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 from . import backbone as backbones
 from . import records
+from .cost import relative
 from .customization import ATTRIBUTES, Customization
 from .judges import HEADS
 from .measure import Interval, paired_bootstrap
@@ -401,17 +402,53 @@ def numbers() -> dict[str, str]:
         values[f"{key}.steps"] = str(record.metrics["steps"])
         values[f"{key}.seconds"] = f"{record.metrics['seconds']:.0f}"
         values[f"{key}.mb"] = f"{record.metrics['megabytes']:.1f}"
-    for record in records.all("size"):  # `benchmarks/sd15_size.py`
-        if record.config["size"] == "sd15":
-            seconds = record.metrics["seconds"]
-            for attribute in ATTRIBUTES:
-                tuned = seconds[f"{attribute}: {record.config['steps']} steps"]
-                values[f"size.{attribute}.seconds"] = f"{tuned:.0f}"
-            values["size.pixels"] = str(record.config["pixels"])
-            values["size.gb"] = f"{max(record.metrics['peak_gb'].values()):.0f}"
+    if (record := at_full_size("size")) is not None:
+        seconds, sizes = record.metrics["seconds"], record.metrics["mb_at_rank"]
+        for attribute in ATTRIBUTES.values():
+            key = f"size.{attribute.name}"
+            tuned = seconds[f"{attribute.name}: {record.config['steps']} steps"]
+            values[f"{key}.seconds"] = f"{tuned:.0f}"
+            values[f"{key}.mb"] = f"{record.metrics['file_mb'][attribute.name]:.0f}"
+            values[f"{key}.mb_at_16"] = f"{sizes[attribute.part]['16']:.0f}"
+        values["size.pixels"] = str(record.config["pixels"])
+        values["size.gb"] = f"{max(record.metrics['peak_gb'].values()):.0f}"
+    for name, row in step_costs().items():
+        values |= {f"step.{STEPS_OF[name]}.{key}": f"{ratio:.2f}" for key, ratio in row.items()}
     for arm, row in ablation.rows().items():
         values |= {f"filters.{arm.replace(' ', '_')}.{name}": text for name, text in row.items()}
     return values
+
+
+def at_full_size(kind: str) -> Record | None:
+    """The newest record of a kind at Stable Diffusion 1.5's size on a CPU: "size", "tuning_cost"."""
+    made = [r for r in records.all(kind) if r.config["size"] == "sd15" and r.device == "cpu"]
+    return made[-1] if made else None
+
+
+# What `benchmarks/tuning_cost.py` compares, and the paper's keys; the others are held to the first.
+STEPS_OF = {
+    "whole UNet (DreamBooth)": "whole",
+    "keys and values (Custom Diffusion)": "attention",
+    "LoRA, rank 16 (peft)": "lora",
+    "pseudo-word (Textual Inversion)": "word",
+    "shape": "shape",
+    "appearance": "appearance",
+    "appearance, frozen encoder without gradients": "half",
+    "appearance, encoder outputs kept": "kept",
+}
+
+
+def step_costs() -> dict[str, dict[str, float]]:
+    """What a step of each way of tuning takes of what a step of the whole UNet takes, at full size.
+
+    step: its time; gradients: without the optimiser's part; peak: of memory; flops. Empty without a record.
+    """
+    record = at_full_size("tuning_cost")
+    if record is None:
+        return {}
+    whole, flops = next(iter(STEPS_OF)), record.metrics["flops"]
+    rows = relative(record.metrics["rounds"], to=whole)
+    return {name: row | {"flops": flops[name] / flops[whole]} for name, row in rows.items()}
 
 
 def cost_records() -> list[Record]:
@@ -482,8 +519,30 @@ def _size_in_words(v: Mapping[str, str]) -> list[str]:
         f"At Stable Diffusion 1.5's size, with random weights, at {v['size.pixels']} px, in float32 on a "
         "CPU, three tuning steps with all that has to be prepared take "
         f"{v['size.shape.seconds']} s for a shape and {v['size.appearance.seconds']} s for an appearance, "
-        f"and {v['size.gb']} GB at the most.",
+        f"and {v['size.gb']} GB at the most. What is kept is {v['size.shape.mb']} and "
+        f"{v['size.appearance.mb']} MB in full, {v['size.shape.mb_at_16']} and "
+        f"{v['size.appearance.mb_at_16']} MB at rank 16.",
     ]
+
+
+def _steps_in_words() -> list[str]:
+    """The README's lines on what a step costs beside the alternatives."""
+    record = at_full_size("tuning_cost")
+    if record is None:
+        return []
+    config, measures = record.config, ("step", "gradients", "peak", "flops")
+    lines = [
+        "",
+        f"One step there beside its alternatives, measured side by side ({config['rounds']} rounds; "
+        f"{config['dtype']}, {config['pixels']} px, batch {config['batch']}, {record.threads} CPU threads, "
+        "AdamW), as shares of tuning the whole UNet:",
+        "",
+        "| tuning | time | without the optimiser | memory | arithmetic |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, row in step_costs().items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[measure]:.2f}" for measure in measures) + " |")
+    return lines
 
 
 def _filters_in_words() -> list[str]:
@@ -536,6 +595,7 @@ def _summary(values: Mapping[str, str]) -> str:
         f"CPU thread, {v['tuning.shape.mb']} MB) and {v['tuning.appearance.steps']} for an appearance "
         f"({v['tuning.appearance.seconds']} s, {v['tuning.appearance.mb']} MB).",
         *_size_in_words(v),
+        *_steps_in_words(),
     ]
     return "\n".join(lines)
 

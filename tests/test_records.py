@@ -56,6 +56,14 @@ def test_the_second_get_does_not_run(tmp_path):
     assert [json.loads(line)["key"] for line in lines] == [records.key_of(ToyStudyConfig())]
 
 
+def test_a_measurement_can_be_taken_again_and_the_newest_counts(tmp_path):
+    first = records.get(ToyStudyConfig(), lambda config: {"seconds": 2.0}, folder=tmp_path)
+    assert first == records.get(ToyStudyConfig(), lambda config: {"seconds": 1.0}, folder=tmp_path)
+    again = records.get(ToyStudyConfig(), lambda config: {"seconds": 1.0}, folder=tmp_path, again=True)
+    assert again.metrics == {"seconds": 1.0} and records.get(ToyStudyConfig(), folder=tmp_path) == again
+    assert records.all("toy_study", folder=tmp_path) == [again]
+
+
 def test_another_config_is_another_record(tmp_path):
     for steps in (1, 2, 3):
         records.get(ToyStudyConfig(steps=steps), measure, folder=tmp_path)
