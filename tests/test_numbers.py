@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from escd import numbers, records
 from escd.numbers import CostConfig
+from escd.pretrain import ablation
 from escd.references import load_references
 from escd.study import (
     AutoencoderConfig,
@@ -23,6 +25,10 @@ from escd.study import (
 )
 from escd.tuning import TuningConfig
 
+BENCHMARKS = {
+    name: runpy.run_path(str(records.ROOT / "benchmarks" / f"{name}.py"))
+    for name in ("sd15_size", "tuning_cost")
+}
 LISTED = dataclasses.replace(load_references(), references=load_references().references[:3])
 # how likely a picture of an arm is right: any numbers do, as long as the arms differ
 RIGHT = {
@@ -80,7 +86,57 @@ def stored(tmp_path, monkeypatch):
         costs = {"steps": 200, "seconds": 31.4, "megabytes": 4.2}
         config = CostConfig(TuningConfig.of(attribute), load_references(which="development")[0].id)
         records.get(config, lambda _, costs=costs: costs, inputs={"backbone mini": "aa"}, device="cpu")
+    for arm in ablation.ARMS:
+        records.get(ablation.AblationConfig(arm, references=2), untuned, device="cpu")
+    size = BENCHMARKS["sd15_size"]["SizeConfig"]
+    records.get(size(), lambda _: FULL_SIZE, device="cpu")
+    records.get(size(size="small"), lambda _: {}, device="cpu")  # no number of the paper's
     return tmp_path
+
+
+def untuned(config) -> dict:
+    """Scores of an arm of the ablation: two references of four pictures."""
+    draw = np.random.default_rng(len(config.arm))
+    right = draw.random(8) < 0.5
+    return {
+        "shape": {"iou": draw.random(8), "silhouette": right},
+        "appearance": {"combined": draw.random(8), "material": right},
+    }
+
+
+FULL_SIZE = {
+    "seconds": {"shape: 3 steps": 17.4, "appearance: 3 steps": 18.2},
+    "peak_gb": {"shape: 3 steps": 11.0, "appearance: 3 steps": 15.6},
+    "file_mb": {"shape": 499.2, "appearance": 1021.6},
+    "mb_at_rank": {"encoder": {"16": 10.8}, "decoder": {"16": 20.5}},
+}
+
+
+STEP = ("step", "gradients", "peak", "flops")
+
+
+def took(step: float, gradients: float, peak: float) -> dict[str, float]:
+    return {"step": step, "gradients": gradients, "peak": peak}
+
+
+def test_a_step_is_held_to_one_of_the_whole_unet_in_the_same_round(stored):
+    assert numbers.step_costs() == {}, "no record, no ratio"
+    config = BENCHMARKS["tuning_cost"]["TuningCostConfig"]
+    whole, *others = numbers.STEPS_OF
+    assert [whole, *others] == list(BENCHMARKS["tuning_cost"]["METHODS"])
+    # The second round met a slow minute, and the third one in its other half.
+    rounds = {whole: [took(4, 2, 10), took(8, 4, 10), took(4, 2, 10)]}
+    rounds |= {name: [took(3, 1, 5), took(6, 2, 5), took(8, 2, 5)] for name in others}
+    measured = {"rounds": rounds, "flops": {name: 10 if name == whole else 8 for name in rounds}}
+    records.get(config(tuple(rounds), rounds=3), lambda _: measured, device="cpu")
+    row = numbers.step_costs()["shape"]
+    assert row == {"step": 0.75, "gradients": 0.5, "peak": 0.5, "flops": 0.8}
+    values = numbers.numbers()
+    assert values["step.kept.step"] == "0.75" and values["step.whole.step"] == "1.00"
+    # what was measured last counts
+    again = measured | {"flops": {name: 10 for name in rounds}}
+    records.get(config(tuple(rounds), rounds=3), lambda _: again, device="cpu", again=True)
+    assert numbers.step_costs()["shape"]["flops"] == 1
 
 
 def test_results_are_of_whole_references(stored):
@@ -117,7 +173,7 @@ def test_the_table_has_every_arm_and_the_intervals(stored):
 
 def test_what_is_left_at_a_rank(stored):
     assert numbers.ranks() == ({}, []), "no record, no rank"
-    kept = {1: 0.5, 2: 0.7, 4: 0.79, 8: 0.8, 16: 0.8, 32: 0.8, None: 0.8}
+    kept = {1: 0.5, 2: 0.7, 4: 0.79} | dict.fromkeys((8, 16, 32, 64, None), 0.8)
     for config in rank_configs(LISTED):
         if config.reference == LISTED[2].id and config.rank == 4:
             continue  # so this reference does not count
@@ -129,8 +185,8 @@ def test_what_is_left_at_a_rank(stored):
 
         records.get(config, scores, inputs={"backbone mini": "aa"}, device="cpu")
     found, used = numbers.ranks()
-    assert {attribute: len(rows) for attribute, rows in found.items()} == {"shape": 8, "appearance": 8}
-    assert all(row.references == 2 for rows in found.values() for row in rows) and len(used) == 2 * 2 * 8
+    assert {attribute: len(rows) for attribute, rows in found.items()} == {"shape": 9, "appearance": 9}
+    assert all(row.references == 2 for rows in found.values() for row in rows) and len(used) == 2 * 2 * 9
     full = next(row for row in found["shape"] if row.rank is None and not row.exportable)
     assert full.transfer == {"iou": pytest.approx(0.4), "retrieval": 0.5} and full.megabytes == 2.0
     assert numbers.smallest_rank("shape", found["shape"]).rank == 4
@@ -178,15 +234,19 @@ def test_experiments_are_told_apart_by_their_tuning(stored):
 
 
 def keys_in(paper: str) -> set[str]:
-    """Keys the paper uses; \\interval{x} stands for the ends of x."""
+    """Keys the paper uses; \\interval{x} stands for the ends of x, \\stepcost{x} for four numbers."""
     paper = re.sub(r"(?<!\\)%.*", "", paper)
     paper = re.sub(r"\\newcommand\{\\(interval|escdnum)\}.*", "", paper)
     ends = {f"{key}_{end}" for key in re.findall(r"\\interval\{([^}#]+)\}", paper) for end in ("low", "high")}
-    return set(re.findall(r"\\escdnum\{([^}#]+)\}", paper)) | ends
+    steps = {f"step.{way}.{k}" for way in re.findall(r"\\stepcost\{([^}#]+)\}", paper) for k in STEP}
+    return set(re.findall(r"\\escdnum\{([^}#]+)\}", paper)) | ends | steps
 
 
 def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch):
     monkeypatch.setattr(numbers, "training", lambda backbone="mini": {"unet": {"images": 200_000}})
+    ways = {name: [took(1, 1, 1)] for name in numbers.STEPS_OF}
+    config = BENCHMARKS["tuning_cost"]["TuningCostConfig"](tuple(ways))
+    records.get(config, lambda _: {"rounds": ways, "flops": dict.fromkeys(ways, 1)}, device="cpu")
     used = keys_in((records.ROOT / "paper" / "main.tex").read_text())
     assert len(used) > 50
     values = numbers.numbers()
@@ -203,10 +263,10 @@ def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch)
     ]  # nothing LaTeX would read
 
     readme, macros = tmp_path / "README.md", tmp_path / "numbers.tex"
-    readme.write_text(f"# Before\n{numbers.BEGIN}\nold\n{numbers.END}\nafter\n")
+    readme.write_text(f"# Before\n{numbers.BEGIN}\nformer numbers\n{numbers.END}\nafter\n")
     numbers.write_numbers(readme, macros)
     text = readme.read_text()
-    assert text.startswith("# Before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("# Before\n") and text.endswith("after\n") and "former numbers" not in text
     assert f"seen {values['backbone.images_seen']} rendered images" in text
     assert f"| {numbers.ARMS['encoder']} | {values['shape.encoder.iou']} |" in text
     numbers.write_numbers(readme, macros)
