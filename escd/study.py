@@ -746,6 +746,24 @@ def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -
     return grid
 
 
+def share(grid: Sequence[Any], worker: int, workers: int) -> list[Any]:
+    """What one of several workers runs of a grid: all runs of every so many references.
+
+    Each reference is learnt in the same ways, so that no worker has more to learn than another, and what one
+    has learnt for the tables it uses again for the ranks.
+    """
+    groups: dict[Any, list[Any]] = {}
+    for config in grid:
+        about = getattr(config, "reference", None) or getattr(config, "shape", None) or config
+        groups.setdefault((type(config), about), []).append(config)
+    mine, of_kind = [], dict.fromkeys((kind for kind, _ in groups), 0)
+    for (kind, _), group in groups.items():
+        if of_kind[kind] % workers == worker:
+            mine += group
+        of_kind[kind] += 1
+    return mine
+
+
 def backbone_configs(backbone: str = "mini") -> list[Any]:
     """What is measured of a backbone by itself."""
     sets = ("world", "photographs", "tiles")
@@ -907,7 +925,7 @@ def main(argv: list[str] | None = None) -> None:
     mine: list[Any] = grid + (
         rank_configs(listed, backbone=arguments.backbone, seed=arguments.seed) if arguments.ranks else []
     )
-    mine = mine[state.process_index :: state.num_processes]
+    mine = share(mine, state.process_index, state.num_processes)
     for config in tqdm(mine, unit="run", disable=not state.is_local_main_process):
         study.run(config, stored)
     state.wait_for_everyone()

@@ -217,6 +217,22 @@ def scores(failed=(False, False), **changes):
     }
 
 
+def test_workers_share_what_is_to_be_learnt(listed):
+    grid = [*study.backbone_configs(), *study.configs(listed), *study.rank_configs(listed)]
+    shares = [study.share(grid, worker, 2) for worker in (0, 1)]
+    assert sorted(map(records.key_of, [*shares[0], *shares[1]])) == sorted(map(records.key_of, grid))
+    learnt = [
+        {(c.reference, c.tuning) for c in mine if isinstance(c, StudyConfig) and c.tuning} for mine in shares
+    ]
+    assert not learnt[0] & learnt[1] and len(learnt[0]) == len(learnt[1])
+    # What the ranks ask for, the worker has learnt; and learning comes before what combines it.
+    for mine, known in zip(shares, learnt, strict=True):
+        assert {(c.reference, c.tuning) for c in mine if isinstance(c, RankConfig)} <= known
+        kinds = [type(c) for c in mine]
+        assert kinds.index(CompositionConfig) > max(i for i, kind in enumerate(kinds) if kind is StudyConfig)
+    assert study.share(grid, 0, 1) == grid
+
+
 def test_a_failed_mask_is_a_miss_and_a_leak():
     tuning = TuningConfig.of("shape", "encoder")
     floor = StudyConfig("shape", "a/b", "floor")
