@@ -171,17 +171,9 @@ def main() -> None:
     arguments = parser.parse_args()
     config = SizeConfig(arguments.size, arguments.pixels, arguments.steps, dtype=arguments.dtype)
     device = torch.device(arguments.device)
-    if arguments.records is None:
-        found = measure(config, device)
-    else:
-        record = records.get(
-            config,
-            lambda config: measure(config, device),
-            device=device,
-            folder=arguments.records,
-            again=True,
-        )
-        found = record.metrics
+    found = records.measured(
+        config, lambda config: measure(config, device), device=device, folder=arguments.records
+    )
     millions = {part: round(count, 1) for part, count in found["parameters_m"].items()}
     files = {name: round(size) for name, size in found["file_mb"].items()}
     print(f"parameters in millions {millions}; files in MB {files}")

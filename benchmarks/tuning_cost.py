@@ -240,17 +240,9 @@ def main() -> None:
             if name != "methods"
         },
     )
-    if arguments.records is None:
-        found = compare(config, device)
-    else:
-        record = records.get(
-            config,
-            lambda config: compare(config, device),
-            device=device,
-            folder=arguments.records,
-            again=True,
-        )
-        found = record.metrics
+    found = records.measured(
+        config, lambda config: compare(config, device), device=device, folder=arguments.records
+    )
     where = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     print(f"{where}, torch {torch.__version__}; {config.rounds} rounds of {config.steps} steps")
     kind = ", gradient checkpointing" if config.checkpointing else ""

@@ -119,6 +119,19 @@ def get(
     return _append(folder, config, key, metrics, inputs, seconds, device, again)
 
 
+def measured(
+    config: Any,
+    run: Callable[[Any], Mapping[str, Any]],
+    *,
+    device: torch.device | str | None = None,
+    folder: Path | None = None,
+) -> Mapping[str, Any]:
+    """The metrics of running a benchmark now, whatever is stored; kept as a record where a folder is given."""
+    if folder is None:
+        return run(config)
+    return get(config, run, device=device, folder=folder, again=True).metrics
+
+
 def all(kind: str | type, *, folder: Path | None = None) -> list[Record]:
     """The newest record of every config of a kind (its name or its class), in the order first run."""
     folder = FOLDER if folder is None else folder

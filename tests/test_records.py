@@ -62,6 +62,9 @@ def test_a_measurement_can_be_taken_again_and_the_newest_counts(tmp_path):
     again = records.get(ToyStudyConfig(), lambda config: {"seconds": 1.0}, folder=tmp_path, again=True)
     assert again.metrics == {"seconds": 1.0} and records.get(ToyStudyConfig(), folder=tmp_path) == again
     assert records.all("toy_study", folder=tmp_path) == [again]
+    newer = records.measured(ToyStudyConfig(), lambda config: {"seconds": 0.5}, folder=tmp_path)
+    assert newer == {"seconds": 0.5} == records.get(ToyStudyConfig(), folder=tmp_path).metrics
+    assert records.measured(ToyStudyConfig(), lambda config: {"seconds": 9}) == {"seconds": 9}, "kept nowhere"
 
 
 def test_another_config_is_another_record(tmp_path):
