@@ -126,7 +126,7 @@ def measured(
     device: torch.device | str | None = None,
     folder: Path | None = None,
 ) -> Mapping[str, Any]:
-    """The metrics of running a benchmark now, whatever is stored; kept as a record where a folder is given."""
+    """The metrics of running a benchmark now, whatever is stored; kept as a record if a folder is given."""
     if folder is None:
         return run(config)
     return get(config, run, device=device, folder=folder, again=True).metrics
