@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ def peak(device: torch.device) -> float:
     """The most memory so far, in GB: of the process, or on a GPU of its tensors there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )
 
 
 def measure(config: SizeConfig, device: torch.device) -> dict[str, Any]:

@@ -412,6 +412,8 @@ class Backbone:
         """
         folder = Path(folder)
         _require_layout(folder)
+        # Rounded at the end, so that it keeps the identity of what was read.
+        wanted, dtype = dtype, torch.float32 if dtype is torch.bfloat16 else dtype
         if image_tower is None and (folder / "image_tower").is_dir():
             image_tower = _load(ImageTower, folder / "image_tower", dtype)
         elif not isinstance(image_tower, ImageTower):
@@ -449,7 +451,7 @@ class Backbone:
                 )
         for module in backbone.modules.values():
             module.eval().requires_grad_(False)
-        return backbone
+        return backbone.to(dtype=wanted)
 
 
 def load_backbone(
@@ -463,7 +465,7 @@ def load_backbone(
     """Load a backbone: "mini", "sd15", a folder in diffusers layout, or a hub id; frozen, ready to customize.
 
     `device` None takes cuda, mps or the CPU, whichever is there first; `dtype` None is float32, but float16
-    for a backbone of Stable Diffusion's size on a GPU, where tuning would not fit the common ones otherwise.
+    for one of Stable Diffusion's size on a CUDA GPU, where tuning would not fit the common ones otherwise.
     `image_tower`, `filters`: see `Backbone.from_pretrained`. Raises FileNotFoundError for a missing folder or
     component, OSError when a hub model is neither stored on this machine nor reachable; warns of the time
     that tuning takes where a large backbone ends up on the CPU unasked.
@@ -626,6 +628,15 @@ def _require_layout(folder: Path) -> None:
             f"{folder} is a Stable Diffusion XL model: its UNet reads two text encoders and the picture's "
             "size, which this method's one pseudo-word does not reach. Take a Stable Diffusion 1.x or 2.x "
             "model, or one finetuned from them"
+        )
+    read, made = (
+        unet.get("in_channels", 4),
+        json.loads((folder / "vae/config.json").read_text()).get("latent_channels", 4),
+    )
+    if read != made:
+        raise ValueError(
+            f"{folder} does not draw from a prompt alone: its UNet reads {read} channels, and latents have "
+            f"{made}. That is a model for inpainting or editing; take the text-to-image one it came from"
         )
     text = json.loads((folder / "text_encoder/config.json").read_text())
     if unet["cross_attention_dim"] != text["hidden_size"]:

@@ -22,7 +22,7 @@ from .artefacts import factor_numbers
 from .backbone import Backbone
 from .halves import down_path, recomputed
 from .parts import parameters_of
-from .tuning import NO_PART, Draws, TuningConfig, fast_arithmetic, predicted, runs_in
+from .tuning import LESS_MEMORY, NO_PART, Draws, TuningConfig, fast_arithmetic, predicted, runs_in
 
 WEIGHT = 4  # bytes of a number that learns; its gradient and its moments take as many each
 MOMENTS = {"adamw": 2, "muon": 1, "adamw8bit": 0.5}
@@ -65,7 +65,7 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
     if checkpointing is None:
         checkpointing = needs_checkpointing(backbone, config)
     dtype = backbone.unet.dtype
-    with FakeTensorMode(), torch.device(backbone.device), fast_arithmetic(backbone.device):
+    with FakeTensorMode(), torch.device(backbone.device), fast_arithmetic(backbone.device, dtype):
         unet = _fake(backbone.unet, dtype)
         channels, height, width = backbone.latent_shape
         x_t = torch.empty(config.batch_size, channels, height, width, dtype=dtype)
@@ -98,7 +98,7 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
         with FlopCounterMode(display=False) as counter:
             predicted(unet, weights, seen, text, config.conditioning).sum().backward()
     frozen = sum(p.nbytes for module in backbone.modules.values() for p in module.parameters())
-    runs = runs_in(backbone.device)
+    runs = runs_in(backbone.device, dtype)
     if backbone.device.type == "cpu" and runs not in (None, dtype):  # `working_copy`'s own
         frozen += runs.itemsize * sum(p.numel() for name, p in unet.named_parameters() if name not in trained)
     learning = sum(
@@ -107,6 +107,9 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
     if config.rank is not None:  # the weights they change are made anew in each step, and differentiated
         learning += sum(2 * WEIGHT * p.numel() for p in trained.values())
     activations = kept.bytes + kept.largest + config.batch_size * _text_activations(backbone)
+    if seen.maps is not None:  # of a batch they are counted
+        maps = sum(m.nbytes for m in seen.maps) // config.batch_size
+        activations += maps * max(0, config.draws - config.batch_size)
     return TuningCost(frozen, learning, activations, counter.get_total_flops() * config.steps)
 
 
@@ -114,8 +117,12 @@ def needs_checkpointing(backbone: Backbone, config: TuningConfig) -> bool:
     """Whether a GPU has too little memory to keep all that a step computes inside the UNet."""
     if backbone.device.type != "cuda" or not backbone.large:
         return False
-    there = torch.cuda.get_device_properties(backbone.device).total_memory
-    return tuning_cost(backbone, config, checkpointing=False).total > USABLE * there
+    return tuning_cost(backbone, config, checkpointing=False).total > USABLE * memory_for(backbone.device)
+
+
+def memory_for(device: torch.device) -> int:
+    """Bytes of a GPU's memory that are free or this process's own."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def cpu_seconds(cost: TuningCost, side: int = 1024) -> float:
@@ -149,15 +156,14 @@ def relative(rounds: Mapping[str, Sequence[Mapping[str, float]]], to: str) -> di
 
 
 def require_memory(cost: TuningCost, device: torch.device) -> None:
-    """Raise MemoryError, with what to do, where a GPU has less memory in all than tuning is to take."""
+    """Raise MemoryError, with what to do, where a GPU has less memory left than tuning is to take."""
     if device.type != "cuda":
         return
-    there = torch.cuda.get_device_properties(device).total_memory
+    there = memory_for(device)
     if cost.total > there:
         raise MemoryError(
-            f"tuning takes {cost}, and {torch.cuda.get_device_name(device)} has {there / 2**30:.1f} GB: load "
-            "the backbone in half precision (dtype=torch.float16), lower TuningConfig.batch_size, learn the "
-            'change at a rank (rank=16), take optimizer="adamw8bit", or conditioning="half" for an appearance'
+            f"tuning takes {cost}, and {torch.cuda.get_device_name(device)} has {there / 2**30:.1f} GB left: "
+            f"{LESS_MEMORY}"
         )
 
 

@@ -80,6 +80,12 @@ LARGE_RECIPE = {"optimizer": "adamw", "learning_rate": 1e-5, "word_learning_rate
 LARGE_STEPS = {"shape": 400, "appearance": 250}
 LARGE_RANK_RATE = 1e-4
 
+LESS_MEMORY = (
+    "close what else uses it, load the backbone in half precision (dtype=torch.float16), learn the change at "
+    'a rank (rank=16, or --rank 16), lower TuningConfig.batch_size, or take optimizer="adamw8bit", or for an '
+    'appearance conditioning="half"'
+)
+
 # Who reads the pseudo-word while it is learnt, and where its gradient comes from.
 CONDITIONING = ("joint", "half", "cached")
 
@@ -353,10 +359,12 @@ def customize(
     picture, inside = open_image_and_mask(image, backbone.image_size, mask)
     if mask is None:
         inside = None  # an image's own transparency is no wish to have the rest ignored
-    device = backbone.device
-    picture = picture.to(device)
-
-    v = pseudo_word(backbone, picture[None], attribute, seed=config.seed)[0].float().clone().requires_grad_()
+    v = (
+        pseudo_word(backbone, picture[None].to(backbone.device), attribute, seed=config.seed)[0]
+        .float()
+        .clone()
+        .requires_grad_()
+    )
     change = _Change(trained) if config.rank is None else _Factors(trained, config.rank, config.seed)
     losses: list[float] = []
     if config.steps:
@@ -365,7 +373,12 @@ def customize(
 
             checkpointing = needs_checkpointing(backbone, config)
         network = working_copy(backbone.unet, change.before, checkpointing)
-        _tune(backbone, network, attribute, config, picture, inside, v, change, losses, callback, progress)
+        try:
+            _tune(
+                backbone, network, attribute, config, picture, inside, v, change, losses, callback, progress
+            )
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"the GPU's memory is full: {LESS_MEMORY}") from error
     delta = change.delta() if losses else {}
     return Customization(
         attribute=attribute,
@@ -493,16 +506,19 @@ def _tune(
 ) -> None:
     """Change `v` and `change` in place and append to `losses`, step by step."""
     device, unet = backbone.device, backbone.unet
-    views, masks, said = views_of(picture, None if inside is None else inside.to(device), config)
-    latents = torch.cat([backbone.encode_images(x) for x in views.split(16)]).float()  # (V, 4, h, w)
-    masks = F.interpolate(masks, size=latents.shape[-2:], mode="area")  # (V, 1, h, w)
+    views, masks, said = views_of(picture, inside, config)
+    # An autoencoder of Stable Diffusion's size needs more memory for 16 pictures than a step of tuning.
+    few = 1 if backbone.large else 16
+    latents = torch.cat([backbone.encode_images(x) for x in views.split(few)]).float()  # (V, 4, h, w)
+    masks = F.interpolate(masks, size=latents.shape[-2:], mode="area").to(device)  # (V, 1, h, w)
+    del views
     backbone.add_token(attribute.token)
     prompts = [readable(backbone, attribute.token, each, PROMPTS[config.recipe]) for each in said]
     optimizers = _optimizers(v, change, config, fused=backbone.large)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
     # Gradients too small for float16 are scaled up on their way back; elsewhere this does nothing.
-    scaler = torch.amp.GradScaler(device.type, enabled=runs_in(device) is torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=runs_in(device, unet.dtype) is torch.float16)
     # All draws come from one generator on the CPU: the same seed is the same run on every device.
     generator = torch.Generator().manual_seed(config.seed)
     timesteps = backbone.scheduler.config.num_train_timesteps
@@ -529,7 +545,7 @@ def _tune(
         range(config.steps), desc=f"{attribute.name} ({config.part})", unit="step", disable=not progress
     )
     try:
-        with fast_arithmetic(device):
+        with fast_arithmetic(device, unet.dtype):
             kept = None
             if config.conditioning == "cached":
                 kept = read_ahead(draw(config.draws), backbone, attribute, config.batch_size)
@@ -601,13 +617,16 @@ class Draws:
 @torch.no_grad()
 def read_ahead(draws: Draws, backbone: Backbone, attribute: Attribute, batch_size: int) -> Draws:
     """The draws with what the untouched encoder makes of them under the attribute's plain word."""
-    parts = []
+    kept: list[Tensor] = []
     for rows in torch.arange(len(draws.t)).split(batch_size):
         part = draws.at(rows)
         words = [prompt.replace(attribute.token, attribute.word) for prompt in part.prompts]
         text = backbone.encode_prompt(words).to(backbone.unet.dtype)
-        parts.append(down_path(backbone.unet, part.x_t, part.t, text))
-    return replace(draws, maps=[torch.cat(maps) for maps in zip(*parts, strict=True)])
+        maps = down_path(backbone.unet, part.x_t, part.t, text)
+        kept = kept or [m.new_empty(len(draws.t), *m.shape[1:]) for m in maps]
+        for whole, m in zip(kept, maps, strict=True):
+            whole[rows.to(whole.device)] = m
+    return replace(draws, maps=kept)
 
 
 def predicted(
@@ -633,8 +652,13 @@ def readable(backbone: Backbone, token: str, said: Sequence[str], plain: Sequenc
     return [p for p in written if not backbone.cut_off(p)] or [prompt.format(token) for prompt in plain]
 
 
-def runs_in(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the processor has it, float16 on older GPUs, else None: the backbone's own."""
+def runs_in(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.dtype | None:
+    """What a backbone of this dtype is tuned in: a half precision as it is, so that nothing is rounded anew.
+
+    Another in bfloat16 where the processor has it, float16 on older GPUs, else None: as it is.
+    """
+    if dtype in (torch.float16, torch.bfloat16):
+        return dtype
     if device.type == "cuda":
         # Before Ampere (a T4) bfloat16 is only emulated.
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
@@ -653,7 +677,7 @@ def working_copy(
     UNet's own. And its attention leaves out what PyTorch's does for rows that are masked all over.
     """
     on_cpu = unet.device.type == "cpu"
-    dtype = (runs_in(unet.device) if on_cpu else None) or unet.dtype
+    dtype = (runs_in(unet.device, unet.dtype) if on_cpu else None) or unet.dtype
     same = {
         id(p): p if name in trained or p.dtype is dtype else nn.Parameter(p.detach().to(dtype), False)
         for name, p in unet.named_parameters()
@@ -671,12 +695,12 @@ def working_copy(
 
 
 @contextmanager
-def fast_arithmetic(device: torch.device) -> Iterator[None]:
-    """The dtype of `runs_in`, and on a CPU the attention kernel that is fast backwards."""
+def fast_arithmetic(device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Arithmetic in what `runs_in` says, and on a CPU the attention kernel that is fast backwards."""
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
-        if (dtype := runs_in(device)) is not None:
+        if (runs := runs_in(device, dtype)) is not None:
             # Autocast would otherwise keep the first step's rounded copies of the weights that learn.
-            stack.enter_context(torch.autocast(device.type, dtype, cache_enabled=False))
+            stack.enter_context(torch.autocast(device.type, runs, cache_enabled=False))
         yield

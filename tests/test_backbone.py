@@ -217,6 +217,14 @@ def test_another_kind_of_model_is_refused(tiny_folder, tmp_path):
         load_backbone(folder)
 
 
+def test_a_model_for_inpainting_is_refused(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "inpaint")
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"in_channels": 9}))
+    with pytest.raises(ValueError, match=r"reads 9 channels, and latents have 4.*inpainting"):
+        load_backbone(folder)
+
+
 @pytest.mark.parametrize("sign", ["second text encoder", "added embeddings"])
 def test_stable_diffusion_xl_is_refused_by_name(sign, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "xl")

@@ -19,7 +19,8 @@ from escd.cost import (
     time_in_words,
     tuning_cost,
 )
-from escd.tuning import Draws, TuningConfig, predicted
+from escd.halves import down_path
+from escd.tuning import Draws, TuningConfig, fast_arithmetic, predicted
 
 # Peak memory of a process that tunes mini for two steps, in bytes.
 PEAK = """
@@ -105,8 +106,8 @@ def test_checkpointing_trades_memory_for_arithmetic(backbone):
 
 @pytest.mark.parametrize(("gigabytes", "wanted"), [(12, True), (48, False)])
 def test_a_small_gpu_has_checkpointing_without_being_asked(backbone, monkeypatch, gigabytes, wanted):
-    config, here = TuningConfig.of("appearance"), SimpleNamespace(total_memory=gigabytes << 30)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: here)
+    config = TuningConfig.of("appearance")
+    monkeypatch.setattr("escd.cost.memory_for", lambda device: gigabytes << 30)
     monkeypatch.setattr("escd.cost.tuning_cost", lambda *_, **__: TuningCost(4 << 30, 7 << 30, 1 << 30, 1))
     assert not needs_checkpointing(backbone, config), "on a CPU"
     gpu = SimpleNamespace(device=torch.device("cuda"), large=True)
@@ -120,14 +121,24 @@ def test_it_is_said_in_words(backbone):
 
 
 def test_too_little_gpu_memory_says_what_helps(monkeypatch):
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=8 << 30)
-    )
+    # 5 GB are free, and 3 GB hold the backbone already
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 << 30, 16 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
     cost = TuningCost(3 << 30, 3 << 30, 1 << 30, 1)
     require_memory(cost, torch.device("cuda"))
     require_memory(TuningCost(1 << 40, 0, 0, 1), torch.device("cpu"))
-    with pytest.raises(
-        MemoryError, match=r"about 9\.00 GB.*Card has 8\.0 GB.*float16.*batch_size.*rank.*adamw8bit"
-    ):
+    with pytest.raises(MemoryError, match=r"about 9\.00 GB.*Card has 8\.0 GB left.*float16.*--rank.*8bit"):
         require_memory(TuningCost(5 << 30, 3 << 30, 1 << 30, 1), torch.device("cuda"))
+
+
+def test_what_is_read_ahead_is_counted(backbone):
+    few, many = (
+        tuning_cost(backbone, TuningConfig.of("appearance", conditioning="cached", draws=draws)).activations
+        for draws in (8, 108)
+    )
+    shape = (1, *backbone.latent_shape)
+    text = backbone.encode_prompt(["a star"])
+    with fast_arithmetic(backbone.device, backbone.dtype):
+        maps = down_path(backbone.unet, torch.randn(shape), torch.tensor([5]), text)
+    assert many - few == 100 * sum(m.nbytes for m in maps)

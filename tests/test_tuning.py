@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 import escd
@@ -123,7 +124,7 @@ def test_a_large_backbone_has_a_recipe_of_its_own(backbone, monkeypatch):
 
 def test_either_optimizer_changes_every_parameter_of_the_part(backbone, picture):
     learnt = {}
-    for kind in tuning.OPTIMIZERS:
+    for kind in ("muon", "adamw"):
         config = quick("shape", optimizer=kind)
         learnt[kind] = escd.customize(picture, "shape", backbone, config=config, progress=False)
         assert set(learnt[kind].delta) == set(parameters_of(backbone.unet, "encoder"))
@@ -139,6 +140,9 @@ def test_either_optimizer_changes_every_parameter_of_the_part(backbone, picture)
 
 @pytest.mark.parametrize("kind", tuning.OPTIMIZERS)
 def test_biases_and_norms_have_a_rate_of_their_own(backbone, picture, kind):
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+
     def moved(**changes):
         config = quick("shape", optimizer=kind, learning_rate=1e-3, **changes)
         delta = escd.customize(picture, "shape", backbone, config=config, progress=False).delta
@@ -340,7 +344,7 @@ def test_the_first_step_at_a_rank_sees_the_untouched_unet(backbone, picture):
 def test_where_only_float16_is_fast_gradients_are_scaled(backbone, picture, monkeypatch):
     # As on a GPU before Ampere.
     exact = escd.customize(picture, "shape", backbone, config=quick("shape", steps=8), progress=False)
-    monkeypatch.setattr(tuning, "runs_in", lambda device: torch.float16)
+    monkeypatch.setattr(tuning, "runs_in", lambda device, dtype=None: torch.float16)
     scaled = []
     step = torch.amp.GradScaler.step
     monkeypatch.setattr(
@@ -349,9 +353,62 @@ def test_where_only_float16_is_fast_gradients_are_scaled(backbone, picture, monk
         lambda self, optimizer: scaled.append(self.get_scale()) or step(self, optimizer),
     )
     coarse = escd.customize(picture, "shape", backbone, config=quick("shape", steps=8), progress=False)
-    assert len(scaled) == 8 * len(tuning.OPTIMIZERS) and min(scaled) > 1  # Muon leaves some to AdamW
+    assert len(scaled) == 8 * 2 and min(scaled) > 1  # Muon leaves some to AdamW
     assert coarse.losses == pytest.approx(exact.losses, rel=0.05)
     assert any(change.abs().sum() > 0 for change in coarse.delta.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, {"conditioning": "half"}, {"rank": 2}, {"optimizer": "muon"}])
+def test_a_backbone_in_half_precision_is_tuned_as_it_is(tiny_folder, picture, dtype, changes):
+    exact = escd.load_backbone(tiny_folder, device="cpu")
+    half = escd.load_backbone(tiny_folder, device="cpu", dtype=dtype)
+    assert half.identity == exact.identity
+    given = {"optimizer": "adamw", "steps": 6} | changes
+    losses = [
+        escd.customize(
+            picture,
+            "appearance",
+            one,
+            config=quick("appearance", **given),
+            checkpointing=again,
+            progress=False,
+        ).losses
+        for one, again in ((exact, False), (half, False), (half, True))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert losses[2] == pytest.approx(losses[1], rel=0.01)
+    assert {p.dtype for p in half.unet.parameters()} == {dtype}
+
+
+def test_a_full_gpu_says_what_helps(backbone, picture, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuning, "_tune", full)
+    with pytest.raises(MemoryError, match=r"memory is full.*rank=16.*adamw8bit"):
+        escd.customize(picture, "shape", backbone, config=quick("shape"), progress=False)
+
+
+def test_a_unet_built_as_stable_diffusion_2_is(backbone, picture):
+    """Projections that are linear, heads counted for each block, attention in float32."""
+    other = copy.copy(backbone)
+    given = dict(backbone.unet.config) | {
+        "use_linear_projection": True, "upcast_attention": True, "attention_head_dim": [2, 4, 8],
+    }  # fmt: skip
+    other.unet = UNet2DConditionModel.from_config(given).eval().requires_grad_(False)
+    other.__dict__.pop("identity", None)
+    assert other.identity != backbone.identity
+    for attribute in ("shape", "appearance"):
+        losses = [
+            escd.customize(
+                picture, attribute, other, config=quick(attribute), checkpointing=again, progress=False
+            ).losses
+            for again in (False, True)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-2) and len(losses[0]) == 3
+    learnt = escd.customize(picture, "shape", other, config=quick("shape", rank=2), progress=False)
+    assert escd.ESCDPipeline(other, shape=learnt)("a *m shape", num_inference_steps=2).images
 
 
 def test_interrupted_tuning_keeps_what_it_has(backbone, picture):
