@@ -118,6 +118,11 @@ def test_a_large_backbone_has_a_recipe_of_its_own(backbone, monkeypatch):
     config = TuningConfig.of("shape", backbone=backbone)
     assert config.optimizer == "adamw" and config.learning_rate < TuningConfig.of("shape").learning_rate / 10
     assert config.bias_learning_rate is None
+    conditioning = {a: TuningConfig.of(a, backbone=backbone).conditioning for a in ("shape", "appearance")}
+    assert conditioning == {"shape": "joint", "appearance": "half"}
+    assert TuningConfig.of("appearance", "all", backbone).conditioning == "joint"
+    assert TuningConfig.of("appearance", NO_PART, backbone).conditioning == "joint"
+    assert TuningConfig.of("appearance", backbone=backbone, conditioning="joint").conditioning == "joint"
     assert TuningConfig.of("shape", backbone=backbone, steps=7, learning_rate=0.5).learning_rate == 0.5
     assert TuningConfig.of("shape", backbone=backbone, rank=4).learning_rate > config.learning_rate
 
