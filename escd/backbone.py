@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,6 +73,9 @@ MODELS = {
         variant="fp16",
     ),
 }
+VARIANTS = ("", ".fp16", ".bf16")  # of weight files, in the order they are looked for
+# The networks a folder must have, and how diffusers and transformers call their weights.
+STEMS = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "text_encoder": "model"}
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # endings of weights whose reading runs code
 OPENCLIP = TowerWeights(
     architecture="ViT-B-32",
@@ -556,21 +559,22 @@ def choose_device() -> torch.device:
 
 
 def _load(kind: type[ModelMixin], folder: Path, dtype: torch.dtype) -> ModelMixin:
-    """A diffusers model from its folder, from safetensors only: the plain file, else the fp16 one."""
-    plain = folder / "diffusion_pytorch_model.safetensors"
+    """A diffusers model from its folder, from safetensors only: the first of `VARIANTS` that is there."""
+    files = {v: folder / f"diffusion_pytorch_model{v}.safetensors" for v in VARIANTS}
+    variant = next((v for v, file in files.items() if file.exists()), "")
     return kind.from_pretrained(
         folder,
         torch_dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
-        variant=None if plain.exists() else "fp16",
+        variant=variant.removeprefix(".") or None,
     )
 
 
 def _load_text_encoder(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
     """The text encoder from its folder, whichever way its weights are named (see `_prefixed`)."""
-    plain = folder / "model.safetensors"
-    weights = load_file(plain if plain.exists() else folder / "model.fp16.safetensors")
+    files = [folder / f"model{variant}.safetensors" for variant in VARIANTS]
+    weights = load_file(next(file for file in files if file.exists()))
     text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, local_files_only=True)).to(dtype)
     own_prefix = "text_model." if hasattr(text_encoder, "text_model") else ""
     named = {own_prefix + name.removeprefix("text_model."): w for name, w in weights.items()}
@@ -594,26 +598,17 @@ def _require_layout(folder: Path) -> None:
     ]
     missing += [
         f"{name}/{stem}.safetensors"
-        for name, stem in (
-            ("vae", "diffusion_pytorch_model"),
-            ("unet", "diffusion_pytorch_model"),
-            ("text_encoder", "model"),
-        )
-        if not any((folder / name / f"{stem}{variant}.safetensors").is_file() for variant in ("", ".fp16"))
+        for name, stem in STEMS.items()
+        if not any((folder / name / f"{stem}{variant}.safetensors").is_file() for variant in VARIANTS)
     ]
     pickles = [
         path.relative_to(folder).as_posix()
-        for name in ("vae", "unet", "text_encoder")
+        for name in STEMS
         for path in sorted((folder / name).glob("*.*"))
         if path.suffix in PICKLES
     ]
     if missing and pickles:
-        raise ValueError(
-            f"{folder} holds its weights as pickles ({', '.join(pickles)}), and reading one can run any "
-            "code: weights are read from safetensors only. Where you trust the files, load them with "
-            "diffusers and write them again: StableDiffusionPipeline.from_pretrained(folder, "
-            "use_safetensors=False).save_pretrained(other_folder)"
-        )
+        raise ValueError(_pickled(str(folder), pickles))
     if missing:
         raise FileNotFoundError(
             f"{folder} is not a backbone in diffusers layout: {', '.join(missing)} missing "
@@ -624,11 +619,7 @@ def _require_layout(folder: Path) -> None:
             pass
     unet = json.loads((folder / "unet/config.json").read_text())
     if (folder / "text_encoder_2").is_dir() or unet.get("addition_embed_type") == "text_time":
-        raise ValueError(
-            f"{folder} is a Stable Diffusion XL model: its UNet reads two text encoders and the picture's "
-            "size, which this method's one pseudo-word does not reach. Take a Stable Diffusion 1.x or 2.x "
-            "model, or one finetuned from them"
-        )
+        raise ValueError(_is_xl(str(folder)))
     read, made = (
         unet.get("in_channels", 4),
         json.loads((folder / "vae/config.json").read_text()).get("latent_channels", 4),
@@ -657,39 +648,80 @@ def open_safetensors(path: str | Path) -> Iterator[safe_open]:
         yield stored
 
 
+def _pickled(where: str, pickles: Iterable[str]) -> str:
+    return (
+        f"{where} holds its weights as pickles ({', '.join(pickles)}), and reading one can run any "
+        "code: weights are read from safetensors only. Where you trust the files, load them with "
+        "diffusers and write them again: StableDiffusionPipeline.from_pretrained(folder, "
+        "use_safetensors=False).save_pretrained(other_folder)"
+    )
+
+
+def _is_xl(where: str) -> str:
+    return (
+        f"{where} is a Stable Diffusion XL model: its UNet reads two text encoders and the picture's "
+        "size, which this method's one pseudo-word does not reach. Take a Stable Diffusion 1.x or 2.x "
+        "model, or one finetuned from them"
+    )
+
+
 def _fetch(model: Model) -> Path:
-    """The folder of a hub model, downloaded unless it is stored on this machine."""
-    suffix = f".{model.variant}" if model.variant else ""
-    files = ["model_index.json", "tokenizer/*", "scheduler/*", "image_tower/*", "filters/*"]
-    for name, stem in (
-        ("vae", "diffusion_pytorch_model"),
-        ("unet", "diffusion_pytorch_model"),
-        ("text_encoder", "model"),
-    ):
-        files += [f"{name}/config.json", f"{name}/{stem}{suffix}.safetensors"]
-    _require_disk(model, files)
+    """The folder of a hub model, downloaded unless it is stored on this machine.
+
+    What cannot be used is refused before the download, where the hub says what there is.
+    """
+    listed = _hub_files(model)
+    variants = VARIANTS if model.variant is None else (f".{model.variant}",)
+    if listed is not None:
+        variants = _readable_variants(model, listed, variants)
+    patterns = ["model_index.json", "tokenizer/*", "scheduler/*", "image_tower/*", "filters/*"]
+    patterns += [f"{name}/config.json" for name in STEMS]
+    for variant in variants:
+        files = [*patterns, *(f"{name}/{stem}{variant}.safetensors" for name, stem in STEMS.items())]
+        if listed is not None:
+            _require_disk(model, listed, files)
+        try:
+            folder = Path(snapshot_download(model.repository, revision=model.revision, allow_patterns=files))
+        except LocalEntryNotFoundError as error:
+            missing = error
+        else:
+            return folder
+    raise OSError(
+        f"{model.repository} is no folder, it is not in the Hugging Face cache, and the hub cannot be "
+        "reached; connect once to download it, or give the path of a folder in diffusers layout"
+    ) from missing
+
+
+def _hub_files(model: Model) -> dict[str, int] | None:
+    """Name -> bytes of a hub model's files; None where the hub does not answer."""
     try:
-        return Path(snapshot_download(model.repository, revision=model.revision, allow_patterns=files))
-    except LocalEntryNotFoundError as error:
-        raise OSError(
-            f"{model.repository} is no folder, it is not in the Hugging Face cache, and the hub cannot be "
-            "reached; connect once to download it, or give the path of a folder in diffusers layout"
-        ) from error
+        info = HfApi().model_info(model.repository, revision=model.revision, files_metadata=True)
+    except Exception:  # whatever keeps the hub from answering, the download itself will tell
+        return None
+    return {file.rfilename: file.size or 0 for file in info.siblings}
 
 
-def _require_disk(model: Model, files: list[str]) -> None:
+def _readable_variants(model: Model, listed: Iterable[str], variants: Sequence[str]) -> Sequence[str]:
+    """The first variant of the weights that a hub model has; ValueError for one that cannot be used."""
+    there = set(listed)
+    if any(name.startswith("text_encoder_2/") for name in there):
+        raise ValueError(_is_xl(model.repository))
+    for variant in variants:
+        if all(f"{name}/{stem}{variant}.safetensors" in there for name, stem in STEMS.items()):
+            return (variant,)
+    pickles = sorted(n for n in there if n.split("/")[0] in STEMS and Path(n).suffix in PICKLES)
+    if pickles:
+        raise ValueError(_pickled(model.repository, pickles))
+    return variants  # what is missing is told once the rest is there
+
+
+def _require_disk(model: Model, listed: Mapping[str, int], files: list[str]) -> None:
     """Raise OSError where what a hub model still has to download does not fit on the disk."""
     cache = Path(HF_HUB_CACHE)
-    try:
-        there = HfApi().model_info(model.repository, revision=model.revision, files_metadata=True).siblings
-    except Exception:  # whatever keeps the hub from answering, the download itself will tell
-        return
     missing = [
-        file.size or 0
-        for file in filter_repo_objects(there, allow_patterns=files, key=lambda file: file.rfilename)
-        if not isinstance(
-            try_to_load_from_cache(model.repository, file.rfilename, revision=model.revision), str
-        )
+        listed[name]
+        for name in filter_repo_objects(listed, allow_patterns=files)
+        if not isinstance(try_to_load_from_cache(model.repository, name, revision=model.revision), str)
     ]
     place = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(place).free

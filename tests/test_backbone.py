@@ -144,14 +144,31 @@ def test_a_hub_model_that_is_not_here_is_told_clearly(offline):
         load_backbone("nobody/nothing-v1.5")
 
 
-def test_a_full_disk_is_told_before_the_download(monkeypatch, tmp_path):
-    sizes = {"unet/diffusion_pytorch_model.safetensors": 3_000_000_000, "v1-5.ckpt": 4_000_000_000}
-    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
-    info = SimpleNamespace(siblings=siblings)
-    monkeypatch.setattr(escd.backbone, "HfApi", lambda: SimpleNamespace(model_info=lambda *a, **k: info))
-    monkeypatch.setattr(escd.backbone, "HF_HUB_CACHE", str(tmp_path / "not" / "there"))
+WEIGHTS = [f"{name}/{stem}" for name, stem in escd.backbone.STEMS.items()]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Sets what the hub says it has (name -> bytes); the calls that would download are kept, not made."""
     downloads = []
-    monkeypatch.setattr(escd.backbone, "snapshot_download", lambda *a, **k: downloads.append(a) or tmp_path)
+    monkeypatch.setattr(escd.backbone, "HF_HUB_CACHE", str(tmp_path / "not" / "there"))
+
+    def download(repository, *, allow_patterns, **_):
+        downloads.append(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr(escd.backbone, "snapshot_download", download)
+
+    def has(files):
+        info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=n, size=s) for n, s in files.items()])
+        monkeypatch.setattr(escd.backbone, "HfApi", lambda: SimpleNamespace(model_info=lambda *a, **k: info))
+        return downloads
+
+    return has
+
+
+def test_a_full_disk_is_told_before_the_download(monkeypatch, hub):
+    downloads = hub({f"{w}.safetensors": 10**9 for w in WEIGHTS} | {"v1-5.ckpt": 4 * 10**9})
     usage = SimpleNamespace(free=2_000_000_000)
     monkeypatch.setattr(escd.backbone.shutil, "disk_usage", lambda place: usage)
     with pytest.raises(OSError, match=r"nobody/nothing needs 3\.0 GB more in .*2\.0 GB are free.*HF_HOME"):
@@ -161,6 +178,38 @@ def test_a_full_disk_is_told_before_the_download(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="not a backbone"):
         load_backbone("nobody/nothing")
     assert downloads
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16", ".bf16"])
+def test_the_variant_that_the_hub_has_is_fetched(variant, hub):
+    downloads = hub({f"{w}{variant}.safetensors": 1 for w in WEIGHTS})
+    with pytest.raises(FileNotFoundError):  # nothing was fetched, so there is nothing to load
+        load_backbone("nobody/nothing")
+    (patterns,) = downloads
+    assert [p for p in patterns if p.endswith("safetensors")] == [
+        f"{w}{variant}.safetensors" for w in WEIGHTS
+    ]
+
+
+def test_what_cannot_be_used_is_refused_before_the_download(hub):
+    downloads = hub({f"{w}.bin": 1 for w in WEIGHTS})
+    with pytest.raises(
+        ValueError, match=r"nobody/nothing.*unet/diffusion_pytorch_model\.bin.*save_pretrained"
+    ):
+        load_backbone("nobody/nothing")
+    hub({f"{w}.safetensors": 1 for w in [*WEIGHTS, "text_encoder_2/model"]})
+    with pytest.raises(ValueError, match=r"nobody/nothing is a Stable Diffusion XL model"):
+        load_backbone("nobody/nothing")
+    assert not downloads
+
+
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_a_folder_of_one_variant_is_read(variant, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "sd")
+    for file in folder.glob("*/*.safetensors"):
+        if file.parent.name in escd.backbone.STEMS:
+            file.rename(file.with_suffix(f".{variant}.safetensors"))
+    assert load_backbone(folder, device="cpu").identity == load_backbone(tiny_folder, device="cpu").identity
 
 
 def test_a_missing_image_tower_is_told_clearly(offline, tiny_folder, tmp_path, monkeypatch):
