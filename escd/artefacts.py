@@ -1,7 +1,7 @@
 """Small artefacts: a customization's change of the weights at low rank, and in the forms other programs read.
 
-What one image changed in 250 million weights has few directions. `low_rank` keeps the strongest ones of each
-weight; `export` writes them as the LoRA and the textual-inversion embedding that diffusers and the common web
+What one image changed in 250 million weights makes a large file. `low_rank` keeps the strongest directions of
+each weight's change; `export` writes them as the LoRA and the textual-inversion embedding that diffusers and the common web
 interfaces load, so that a result can leave this project.
 """
 

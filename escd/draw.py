@@ -645,7 +645,7 @@ def transfer_by_rank() -> Drawing:
         axes.set_ylabel("SD 1.5's size, MB")
         axes.grid(True, axis="y")
         axes.legend(loc="lower right")
-    panels[-1].set_xlabel("rank of each weight's change (in the upper two, below each: MB)")
+    panels[-1].set_xlabel("rank of each weight's change (below points: MB)")
     return drawing.made_from(used if large is None else [*used, large])
 
 
