@@ -1,8 +1,8 @@
 """Small artefacts: a customization's change of the weights at low rank, and in the forms other programs read.
 
 What one image changed in 250 million weights makes a large file. `low_rank` keeps the strongest directions of
-each weight's change; `export` writes them as the LoRA and the textual-inversion embedding that diffusers and the common web
-interfaces load, so that a result can leave this project.
+each weight's change; `export` writes them as the LoRA and the textual-inversion embedding that diffusers and
+the common web interfaces load, so that a result can leave this project.
 """
 
 from __future__ import annotations
