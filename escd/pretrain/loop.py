@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from ..backbone import choose_device
+from ..tuning import runs_in
+
 RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "pretrain"
 
 
@@ -111,7 +114,9 @@ def train(
     the earlier trainings' under "earlier", and the curve begins anew. `images` and `learning_rate` replace
     the recipe's. Returns the record.
     """
-    accelerator = Accelerator(mixed_precision="bf16")
+    # bfloat16 where there is any; GPUs before Ampere would only emulate it.
+    older = runs_in(choose_device()) is torch.float16
+    accelerator = Accelerator(mixed_precision="fp16" if older else "bf16")
     stage = make(accelerator.device)
     given = {"images": images, "learning_rate": learning_rate}
     config = replace(stage.loop, **{name: value for name, value in given.items() if value is not None})
@@ -226,8 +231,9 @@ def train(
             # One gradient that is no number would end everything; it is the same in all processes.
             sound = math.isfinite(accelerator.clip_grad_norm_(parameters, 1.0))
             left_out = 0 if sound else left_out + 1
+            if sound or accelerator.scaler is not None:
+                optimizer.step()  # with a scaler it leaves such a step out by itself, and scales less
             if sound:
-                optimizer.step()
                 ema.step(parameters)
             else:
                 tqdm.write(f"{stage.name}: a step at {seen} images is left out, its gradient is no number")
