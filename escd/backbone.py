@@ -470,8 +470,9 @@ def load_backbone(
     `device` None takes cuda, mps or the CPU, whichever is there first; `dtype` None is float32, but float16
     for one of Stable Diffusion's size on a CUDA GPU, where tuning would not fit the common ones otherwise.
     `image_tower`, `filters`: see `Backbone.from_pretrained`. Raises FileNotFoundError for a missing folder or
-    component, OSError when a hub model is neither stored on this machine nor reachable; warns of the time
-    that tuning takes where a large backbone ends up on the CPU unasked.
+    component, OSError when a hub model is neither stored on this machine nor reachable, ValueError for a
+    model this method is not for, MemoryError where it does not fit on the GPU; warns of the time that tuning
+    takes where a large backbone ends up on the CPU unasked.
     """
     name = str(name_or_path)
     model = MODELS.get(name)
@@ -501,7 +502,13 @@ def load_backbone(
     where = torch.device(device or choose_device())
     if dtype is None and where.type == "cuda" and backbone.large:
         dtype = torch.float16
-    backbone.to(where, dtype)
+    try:
+        backbone.to(where, dtype)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"{backbone.name} does not fit into the memory that is left on {where}: close what else uses it, "
+            'load it in half precision (dtype=torch.float16), or leave it on the CPU (device="cpu")'
+        ) from error
     if device is None and backbone.device.type == "cpu" and backbone.large:
         _warn_of_the_time(backbone)
     return backbone

@@ -286,6 +286,17 @@ def test_stable_diffusion_xl_is_refused_by_name(sign, tiny_folder, tmp_path):
         load_backbone(folder)
 
 
+def test_a_full_gpu_is_told_clearly(tiny_folder, monkeypatch):
+    def full(self, device, dtype):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    backbone = load_backbone(tiny_folder, device="cpu")
+    monkeypatch.setattr(Backbone, "from_pretrained", lambda *_, **__: backbone)
+    monkeypatch.setattr(Backbone, "to", full)
+    with pytest.raises(MemoryError, match=r"does not fit.*cuda.*float16.*CPU"):
+        load_backbone(tiny_folder, device="cuda")
+
+
 # ---- images
 
 
