@@ -25,9 +25,8 @@ from escd import records
 from escd.artefacts import megabytes_at
 from escd.backbone import MODELS, Backbone, ImageTower
 from escd.parts import parameters_of
+from escd.study import RANKS
 from escd.tuning import TuningConfig
-
-RANKS = (1, 2, 4, 8, 16, 32, 64)
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {

@@ -542,7 +542,8 @@ def _steps_in_words() -> list[str]:
     ]
     for name, row in step_costs().items():
         lines.append(f"| {name} | " + " | ".join(f"{row[measure]:.2f}" for measure in measures) + " |")
-    return lines
+    default = 'At this size an appearance is tuned with the frozen encoder without gradients ("half").'
+    return [*lines, "", default]
 
 
 def _filters_in_words() -> list[str]:

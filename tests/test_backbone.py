@@ -258,19 +258,18 @@ def test_weights_cut_short_are_told_clearly(network, tiny_folder, tmp_path):
         load_backbone(folder)
 
 
-def test_another_kind_of_model_is_refused(tiny_folder, tmp_path):
-    folder = shutil.copytree(tiny_folder, tmp_path / "xl")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cross_attention_dim": 2048}, r"not of Stable Diffusion 1\.x's kind"),
+        ({"in_channels": 9}, r"reads 9 channels, and latents have 4.*inpainting"),
+    ],
+)
+def test_another_kind_of_model_is_refused(changes, message, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "other")
     config = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps(config | {"cross_attention_dim": 2048}))
-    with pytest.raises(ValueError, match=r"not of Stable Diffusion 1\.x's kind"):
-        load_backbone(folder)
-
-
-def test_a_model_for_inpainting_is_refused(tiny_folder, tmp_path):
-    folder = shutil.copytree(tiny_folder, tmp_path / "inpaint")
-    config = json.loads((folder / "unet/config.json").read_text())
-    (folder / "unet/config.json").write_text(json.dumps(config | {"in_channels": 9}))
-    with pytest.raises(ValueError, match=r"reads 9 channels, and latents have 4.*inpainting"):
+    (folder / "unet/config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message):
         load_backbone(folder)
 
 
