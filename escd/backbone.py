@@ -41,6 +41,8 @@ from .encoder import feature_widths
 from .fusion import AttributeFilter
 
 SNR_CEILING = 5.0
+# Deviation of the logarithm of noise over signal at which a UNet learns (`draw_noise_levels`).
+NOISE_SPREAD = 1.2
 LARGE = 100_000_000  # parameters of a UNet that is tuned otherwise than `mini`, and slowly on a CPU
 
 
@@ -551,6 +553,26 @@ def loss_weight(scheduler: DDIMScheduler, t: Tensor) -> Tensor:
     if scheduler.config.prediction_type == "epsilon":
         return torch.ones(t.shape, device=t.device)
     return SNR_CEILING / (compute_snr(scheduler, t) + SNR_CEILING)
+
+
+def draw_noise_levels(
+    scheduler: DDIMScheduler, count: int, mean: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Time steps (count,) whose log of noise over signal is normal around `mean`, spread over one batch.
+
+    SD's schedule, drawn uniformly, spends half of its steps below a signal-to-noise ratio of 0.3, where there
+    is little left to learn at 16 x 16 latents, and outlines stay blurred; a normal distribution of the level
+    (Karras et al. 2022) with the plain error serves them better. One step in ten stays uniform, so that pure
+    noise is met too.
+    """
+    alpha = scheduler.alphas_cumprod.double().cpu()
+    level = ((1 - alpha) / alpha.clamp(min=1e-9)).log() / 2
+    share = (torch.arange(count) + torch.rand(1, generator=generator)) / count
+    normal = mean + NOISE_SPREAD * torch.special.ndtri(share.double().clamp(1e-4, 1 - 1e-4))
+    drawn = torch.searchsorted(level, normal).clamp(max=len(level) - 1)
+    uniform = torch.randint(0, len(level), (count,), generator=generator)
+    t = torch.where(torch.rand(count, generator=generator) < 0.1, uniform, drawn)
+    return t[torch.randperm(count, generator=generator)]
 
 
 def choose_device() -> torch.device:

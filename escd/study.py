@@ -374,8 +374,10 @@ def right_answers(
         tile = appearance.material.tile
         if one.pattern is not None:
             draws = world.Draws(0, torch.tensor([number]))
-            rgb = [torch.tensor([COLOUR_RGB[name]]) for name in one.colours]
-            tile = world.paint_pattern(draws, one.pattern, rgb[0], rgb[-1])[0]
+            named = [torch.tensor([COLOURS.index(name)]) for name in (one.colours[0], one.colours[-1])]
+            painted = world.as_painted(torch.tensor([PATTERNS.index(one.pattern)]), *named)
+            rgb = [torch.tensor([COLOUR_RGB[COLOURS[int(k)]]]) for k in painted]
+            tile = world.paint_pattern(draws, one.pattern, *rgb)[0]
         images.append(compose_reference(mask, tile, one.background, backbone.image_size)[0])
     latents = backbone.encode_images(torch.stack(images))
     return backbone.decode_latents(latents).float().cpu()

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from .backbone import Backbone, loss_weight, target_of
+from .backbone import Backbone, draw_noise_levels, loss_weight, target_of
 from .customization import Attribute, Customization, LowRank, resolve_attribute
 from .fusion import pseudo_word
 from .halves import down_path, half_of, recomputed, up_path, with_weights
@@ -71,6 +71,9 @@ WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
 # (trials on an earlier training of `mini`, with AdamW).
 VIEWS = {"shape": 192, "appearance": 64}
 DROPOUT = {"shape": 0.15, "appearance": 0.0}
+# Around which logarithm of noise over signal a shape is learnt: where outlines are settled. Timesteps drawn
+# uniformly lie higher, and learn less in as many steps (`escd/pretrain/README.md`). None: uniform timesteps.
+NOISE_LEVELS = {"shape": 0.4, "appearance": None}
 # Factors of a change start with one of the two at zero, and move the weights less for the same step.
 LOW_RANK_RATE = 5.0
 # A backbone of Stable Diffusion's size: what DreamBooth, LoRA and textual inversion are commonly run with
@@ -123,6 +126,9 @@ class TuningConfig:
     # views is computed once; for parts of the decoder.
     conditioning: str = "joint"
     draws: int = 128
+    # None: timesteps are uniform, and a velocity's error weighted (`loss_weight`). A number: the logarithm of
+    # noise over signal is normal around it (`draw_noise_levels`), and the error is plain.
+    noise_level: float | None = None
     # None: the part's weights learn. A number: what learns is the change of each matrix and kernel as two
     # factors of this rank (LoRA, Hu et al. 2021); biases and norms stay, so that all of it can be exported.
     rank: int | None = None
@@ -155,6 +161,9 @@ class TuningConfig:
                 continue
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
+        level = self.noise_level
+        if level is not None and not (isinstance(level, int | float) and math.isfinite(level)):
+            raise ValueError(f"noise_level is None or a finite number, not {level!r}")
         for name in ("augmentation", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share between 0 and 1, not {getattr(self, name)}")
@@ -193,9 +202,11 @@ class TuningConfig:
             "optimizer": optimizer,
             "views": VIEWS[recipe],
             "dropout": DROPOUT[recipe],
+            "noise_level": NOISE_LEVELS[recipe],
         }
         if backbone is not None and backbone.large:
-            defaults |= LARGE_RECIPE | {"steps": LARGE_STEPS[recipe], "bias_learning_rate": None}
+            defaults |= LARGE_RECIPE | {"steps": LARGE_STEPS[recipe]}
+            defaults |= {"bias_learning_rate": None, "noise_level": None}
             if "rank" in given:
                 defaults["learning_rate"] = LARGE_RANK_RATE
             if recipe == "appearance" and half == "decoder":
@@ -528,7 +539,10 @@ def _tune(
 
     def draw(count: int) -> Draws:
         pick = torch.randint(0, len(latents), (count,), generator=generator)
-        t = torch.randint(0, timesteps, (count,), generator=generator).to(device)
+        if config.noise_level is None:
+            t = torch.randint(0, timesteps, (count,), generator=generator).to(device)
+        else:
+            t = draw_noise_levels(backbone.scheduler, count, config.noise_level, generator).to(device)
         x_0 = latents[pick.to(device)]
         noise = torch.randn(x_0.shape, generator=generator).to(device)
         u = torch.rand(count, generator=generator).tolist()
@@ -560,7 +574,9 @@ def _tune(
                 seen = draw(config.batch_size) if kept is None else kept.some(config.batch_size, generator)
                 text = backbone.encode_prompt(seen.prompts, {attribute.token: v}).to(unet.dtype)
                 out = predicted(network, change.weights(), seen, text, config.conditioning)
-                weight = loss_weight(backbone.scheduler, seen.t)[:, None, None, None] * seen.inside
+                weight = seen.inside
+                if config.noise_level is None:
+                    weight = weight * loss_weight(backbone.scheduler, seen.t)[:, None, None, None]
                 loss = ((out.float() - seen.target).square() * weight).mean() / seen.inside.mean()
                 scaler.scale(loss).backward()
                 for optimizer in optimizers:

@@ -604,10 +604,25 @@ def _edge(distance: Tensor) -> Tensor:
     return (distance + 0.5).clamp(0, 1)  # an edge one pixel wide; `distance` in pixels
 
 
+def as_painted(pattern: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The colours (N,) a named pattern is painted in, its ground first, of the two a caption names, (N,).
+
+    A caption's order says nothing: of two colours the dots are the darker. A text tower that has learnt what
+    a caption names hardly tells its first colour from its second, and a UNet that does not know which is the
+    ground gives each a half of the surface, which is no dots but a labyrinth. All other patterns have as much
+    of one as of the other.
+    """
+    light = torch.tensor([COLOUR_RGB[name] for name in COLOURS]) @ torch.tensor([0.299, 0.587, 0.114])
+    light = light.to(first.device)
+    swapped = (pattern == PATTERNS.index("dotted")) & (light[first] < light[second])
+    return torch.where(swapped, second, first), torch.where(swapped, first, second)
+
+
 def _pattern_share(d: Draws, pattern: str, size: int) -> Tensor:
     """How much of the second colour a named pattern shows at each pixel: (N, S, S) in [0, 1]."""
-    # Three to five pixels of the latents: a finer one they can hold, and a UNet cannot draw.
-    period = d.uniform("period", 1, 1, low=12.0, high=18.0)
+    # Three to five pixels of the latents: a finer one they can hold, and a UNet cannot draw. Stripes, which
+    # change in one direction only, may be the finest.
+    period = d.uniform("period", 1, 1, low=12.0 if pattern == "striped" else 14.5, high=18.0)
     if pattern == "solid":
         return torch.zeros(len(d), size, size, device=d.index.device)
     if pattern == "striped":
@@ -617,7 +632,7 @@ def _pattern_share(d: Draws, pattern: str, size: int) -> Tensor:
     if pattern == "dotted":
         x, y = _turned(d, size, 0.5)
         far = torch.hypot((x % period) - period / 2, (y % period) - period / 2)
-        return _edge(period * d.uniform("dot", 1, 1, low=0.24, high=0.34) - far)
+        return _edge(period * d.uniform("dot", 1, 1, low=0.27, high=0.34) - far)
     if pattern == "checkered":
         x, y = _turned(d, size, 0.35)
         period = period + 2  # its cells are half as wide
@@ -631,9 +646,10 @@ def _pattern_share(d: Draws, pattern: str, size: int) -> Tensor:
         # Both ends lie within 12 px of the middle, where most objects show them.
         return (((x - 31.5) * angle.cos() + (y - 31.5) * angle.sin()) / 24 + 0.5).clamp(0, 1)
     if pattern == "zigzag":
-        x, y = _turned(d, size, 0.5)
-        wave = d.uniform("wave", 1, 1, low=15.0, high=21.0)
-        height = ((x % wave) - wave / 2).abs() * d.uniform("steep", 1, 1, low=1.0, high=1.4)
+        x, y = _turned(d, size, 0.4)
+        wave = d.uniform("wave", 1, 1, low=17.0, high=22.0)
+        # Steeper bands are narrower ones, measured across.
+        height = ((x % wave) - wave / 2).abs() * d.uniform("steep", 1, 1, low=0.9, high=1.15)
         return _edge((((y + height) % period) - period / 2).abs() - period / 4)
     raise ValueError(f"unknown pattern {pattern!r}; known: {', '.join(PATTERNS)}")
 
@@ -973,12 +989,13 @@ class World:
         single = (d.uniform("single") < 0.25) | (kind == PATTERNS.index("solid"))
         table = torch.tensor([COLOUR_RGB[c] for c in COLOURS], device=self.device)
         jitter = d.uniform("jitter", 2, 3, low=-0.05, high=0.05)
-        rgb_first = (table[first] + jitter[:, 0]).clamp(0, 1)
-        dark = first == COLOURS.index("black")
+        ground, other = as_painted(kind, first, torch.where(single, first, second))
+        rgb_first = (table[ground] + jitter[:, 0]).clamp(0, 1)
+        dark = ground == COLOURS.index("black")
         shade = torch.where(
             dark[:, None], rgb_first + 0.3, rgb_first * 0.6
         )  # one colour named: it and its shade
-        rgb_second = torch.where(single[:, None], shade, (table[second] + jitter[:, 1]).clamp(0, 1))
+        rgb_second = torch.where(single[:, None], shade, (table[other] + jitter[:, 1]).clamp(0, 1))
         out = torch.zeros(n, 3, self.size, self.size, device=self.device)
         for k in kind.unique().tolist():
             rows = (kind == k).nonzero()[:, 0]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from escd.backbone import NOISE_SPREAD, draw_noise_levels
 from escd.numbers import STAGES
 from escd.pretrain import loop
 from escd.pretrain.__main__ import STAGES as TRAINED
@@ -28,7 +29,6 @@ from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokeniz
 from escd.pretrain.unet import (
     MATERIAL,
     NOISE_MEAN,
-    NOISE_SPREAD,
     OUTLINE,
     QUARTET,
     ROUGH,
@@ -38,7 +38,6 @@ from escd.pretrain.unet import (
     TOLD,
     UNetStage,
     denoising_error,
-    draw_noise_levels,
     make_scheduler,
     materials,
     outlines,
@@ -222,7 +221,7 @@ def test_the_error_of_a_perfect_prediction_is_none_at_any_noise():
         alpha = scheduler.alphas_cumprod[t][:, None, None, None]
         return (alpha.sqrt() * x_t - x_0) / (1 - alpha).sqrt()  # v from x_t and x_0
 
-    t = draw_noise_levels(scheduler, len(x_0))
+    t = draw_noise_levels(scheduler, len(x_0), NOISE_MEAN)
     assert denoising_error(exact, scheduler, x_0, t).max() < 1e-3
     blind = denoising_error(lambda x_t, t: torch.zeros_like(x_t), scheduler, x_0, t)
     assert 0.8 < blind.mean() < 1.2
@@ -230,7 +229,7 @@ def test_the_error_of_a_perfect_prediction_is_none_at_any_noise():
 
 def test_noise_levels_are_normal_in_the_logarithm_and_reach_pure_noise():
     scheduler = make_scheduler()
-    t = torch.cat([draw_noise_levels(scheduler, 64) for _ in range(200)])
+    t = torch.cat([draw_noise_levels(scheduler, 64, NOISE_MEAN) for _ in range(200)])
     assert t.min() < 20 and t.max() > 990 and 0 <= t.min() and t.max() <= 999
     alpha = scheduler.alphas_cumprod[t].double()
     level = ((1 - alpha) / alpha.clamp(min=1e-9)).log() / 2

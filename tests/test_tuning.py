@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -617,6 +618,37 @@ def test_unknown_optimizers_and_muon_for_factors_are_refused():
         TuningConfig.of("shape", optimizer="sgd")
     with pytest.raises(ValueError, match="whole matrices"):
         TuningConfig.of("shape", optimizer="muon", rank=2)
+
+
+@pytest.mark.parametrize("level", [float("nan"), "high"])
+def test_noise_levels_are_numbers(level):
+    with pytest.raises(ValueError, match="noise_level"):
+        TuningConfig.of("shape", noise_level=level)
+
+
+def test_the_noise_level_says_how_noisy_the_views_are(backbone, picture, monkeypatch):
+    met: dict[float, torch.Tensor] = {}
+    for level in (-2.0, 2.0):
+        seen = []
+        monkeypatch.setattr(tuning, "predicted", lambda *a, seen=seen: seen.append(a[2].t) or predicted(*a))
+        config = quick("shape", noise_level=level, steps=24, batch_size=8)
+        escd.customize(picture, "shape", backbone, config=config, progress=False)
+        met[level] = torch.cat(seen)
+    alpha = backbone.scheduler.alphas_cumprod.double()
+    ratio = {k: (((1 - alpha) / alpha.clamp(min=1e-9)).log() / 2)[t].median() for k, t in met.items()}
+    for level, found in ratio.items():
+        assert found == pytest.approx(level, abs=0.4)
+
+
+def test_the_error_is_weighted_only_where_timesteps_are_uniform(backbone, picture, monkeypatch):
+    called = []
+    monkeypatch.setattr(tuning, "loss_weight", lambda *a: called.append(1) or loss_weight(*a))
+    escd.customize(picture, "shape", backbone, config=quick("shape", noise_level=0.4), progress=False)
+    assert not called
+    escd.customize(
+        picture, "shape", backbone, config=replace(quick("shape"), noise_level=None), progress=False
+    )
+    assert len(called) == 3
 
 
 def test_unknown_attribute_is_refused_with_the_known_ones(backbone, picture):

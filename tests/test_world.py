@@ -20,6 +20,7 @@ from escd.world import (
     UNNAMED_SHAPES,
     Draws,
     World,
+    as_painted,
     captions_of,
     draw_caption,
     rasterise,
@@ -96,6 +97,30 @@ def test_solid_objects_have_the_colour_of_their_label():
         nearest = min(COLOURS, key=lambda c: float((seen - torch.tensor(COLOUR_RGB[c])).square().sum()))
         # Shading darkens and lightens, so a neighbour may be nearer now and then; never a far one.
         assert nearest == wanted or float((seen - torch.tensor(COLOUR_RGB[wanted])).abs().max()) < 0.35
+
+
+def test_dots_are_the_darker_colour_in_whatever_order_a_caption_names_them():
+    white, blue = COLOURS.index("white"), COLOURS.index("blue")
+    for name, same in (("dotted", True), ("striped", False)):
+        pattern = torch.full((2,), PATTERNS.index(name))
+        ground, other = as_painted(pattern, torch.tensor([white, blue]), torch.tensor([blue, white]))
+        assert ground.tolist() == ([white, white] if same else [white, blue])
+        assert (ground + other).tolist() == [white + blue] * 2
+    world = World(seed=3, named_shapes=1.0, named_appearances=1.0)
+    batch = world.batch(range(400))
+    texture = world.textures(torch.arange(400))[0]
+    orders = set()
+    for k in (batch.pattern == PATTERNS.index("dotted")).nonzero()[:, 0].tolist():
+        first, *second = (w for w in batch.captions[k][0].split() if w in COLOURS)
+        if not second:
+            continue
+        rgb = torch.tensor([COLOUR_RGB[first], COLOUR_RGB[second[0]]])
+        near = torch.cdist(texture[k].flatten(1).T, rgb).argmin(1).float().mean()  # share of the second
+        light = rgb @ torch.tensor([0.299, 0.587, 0.114])
+        ground = near if light[1] > light[0] else 1 - near
+        assert 0.55 < ground < 0.85, (first, second, ground)
+        orders.add(bool(light[0] > light[1]))
+    assert orders == {True, False}
 
 
 def test_rasterised_area_is_the_polygons_area():

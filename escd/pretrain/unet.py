@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 from transformers import CLIPTokenizerFast
 
-from ..backbone import Backbone, ImageTower, target_of
+from ..backbone import Backbone, ImageTower, draw_noise_levels, target_of
 from ..customization import ATTRIBUTES
 from ..encoder import extract_features
 from ..fusion import AttributeFilter
@@ -50,8 +50,8 @@ WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH = 0.3125, 0.1875, 0.125
 # of red, green and blue, and how much changes from pixel to pixel, in four directions at ROUGH resolutions.
 TOLD, OUTLINE, SHADES, ROUGH = 192, 24, 5, 3
 MATERIAL = SHADES**3 + 4 * ROUGH
-# Of the log of noise over signal at which the UNet trains.
-NOISE_MEAN, NOISE_SPREAD = -0.4, 1.2
+# Of the log of noise over signal at which the UNet trains: its mean.
+NOISE_MEAN = -0.4
 # Under "*m" the mean is higher by this: the outline is settled where there is much noise.
 NOISIER = 0.8
 
@@ -93,24 +93,6 @@ def make_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         prediction_type="v_prediction",
     )
-
-
-def draw_noise_levels(scheduler: DDIMScheduler, count: int, mean: float = NOISE_MEAN) -> Tensor:
-    """Time steps (count,) whose log of noise over signal is normal, spread evenly over one batch.
-
-    SD's schedule, drawn uniformly, spends half of its steps below a signal-to-noise ratio of 0.3, where there
-    is little left to learn at 16 x 16 latents, and outlines stay blurred; a normal distribution of the level
-    (Karras et al. 2022) with the velocity's plain error serves them better (README). One step in ten stays
-    uniform, so that pure noise is met too.
-    """
-    alpha = scheduler.alphas_cumprod.double()
-    level = ((1 - alpha) / alpha.clamp(min=1e-9)).log() / 2
-    share = (torch.arange(count) + torch.rand(1)) / count
-    normal = mean + NOISE_SPREAD * torch.special.ndtri(share.double().clamp(1e-4, 1 - 1e-4))
-    drawn = torch.searchsorted(level, normal).clamp(max=len(level) - 1)
-    uniform = torch.randint(0, len(level), (count,))
-    t = torch.where(torch.rand(count) < 0.1, uniform, drawn)
-    return t[torch.randperm(count)]
 
 
 def denoising_error(
