@@ -298,12 +298,16 @@ class Backbone:
         pseudo_words = dict(pseudo_words or {})
         for prompt in prompts:
             self.check_prompt(prompt, pseudo_words)
-        ids = self._token_ids(prompts).to(self.text_encoder.device)  # (B, L)
+        ids = self.token_ids(prompts).to(self.text_encoder.device)  # (B, L)
+        return self.encode_ids(ids, pseudo_words)
+
+    def encode_ids(self, ids: Tensor, pseudo_words: Mapping[str, Tensor] | None = None) -> Tensor:
+        """`encode_prompt` of token ids (B, L) on the text encoder's device, with nothing checked."""
         replacements = []
-        for token, v in pseudo_words.items():
+        for token, v in (pseudo_words or {}).items():
             here = ids == self.tokenizer.convert_tokens_to_ids(token)  # (B, L)
             replacements.append((here[..., None], v if v.ndim == 1 else v[:, None, :]))
-        if not any(here.any() for here, _ in replacements):
+        if not replacements:
             return self.text_encoder(ids)[0]
         # CLIPTextModel takes no inputs_embeds and its table has no row for a pseudo-word: any row is looked
         # up in its place, and replaced as it leaves the table.
@@ -370,7 +374,7 @@ class Backbone:
         ids = self.tokenizer(prompt).input_ids
         return self.tokenizer.decode(ids[self.tokenizer.model_max_length - 1 : -1])
 
-    def _token_ids(self, prompts: list[str]) -> Tensor:
+    def token_ids(self, prompts: list[str]) -> Tensor:
         """Token ids (B, L), padded and cut to the text encoder's length."""
         length = self.tokenizer.model_max_length
         batch = self.tokenizer(

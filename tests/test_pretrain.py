@@ -3,6 +3,7 @@ killed."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -27,9 +28,11 @@ from escd.pretrain.autoencoder import AutoencoderLoss, AutoencoderStage, start_l
 from escd.pretrain.loop import LoopConfig, psnr, train
 from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
 from escd.pretrain.unet import (
+    BEGUN,
     MATERIAL,
     NOISE_MEAN,
     OUTLINE,
+    PORTION,
     QUARTET,
     ROUGH,
     SAME_APPEARANCE,
@@ -41,6 +44,8 @@ from escd.pretrain.unet import (
     make_scheduler,
     materials,
     outlines,
+    pair_captions,
+    quartets,
 )
 from escd.pretrain.vocabulary import WORDS, learn_merges, make_tokenizer
 from escd.pretrain.words import GROUNDS, WordLoss, draw_captions
@@ -135,7 +140,7 @@ def unet_stage() -> UNetStage:
 
 def test_every_picture_has_a_partner_of_its_shape_alone_and_one_of_its_appearance_alone(unet_stage):
     index = torch.arange(40, 64)
-    b, rows = unet_stage._quartets(unet_stage.world, index), torch.arange(len(index))
+    b, rows = quartets(unet_stage.world, index), torch.arange(len(index))
     assert len(rows) % QUARTET == 0
     for turned, shared, other in (
         (SAME_SHAPE, b.shape_family, b.appearance_family),
@@ -199,8 +204,49 @@ def test_a_step_shows_a_filter_what_the_picture_shares_and_nothing_of_the_pictur
     row = int((unet_stage.features.float() == step.told_from[0]).all(1).nonzero()[0])
     assert torch.equal(unet_stage.outlines[row], step.outline[0])
     assert torch.equal(unet_stage.materials[row], step.material[0])
-    text = unet_stage.module.read(step)
+    kinds = (step.plain, step.shape, step.appearance, step.both)
+    text = unet_stage.module.read(unet_stage.module.ids(step), kinds, step.shape_from, step.appearance_from)
     assert text.shape[0] == 32 and text.requires_grad
+
+
+def test_workers_paint_ahead_what_the_stage_would_paint_itself():
+    stage = UNetStage(torch.device("cpu"), WEIGHTS)
+    stage.workers = 2
+    first = 1 << 31
+    for begun in (0, 1):  # one portion after the other, each in whole
+        images, masks, captions = stage._pictures(first, PORTION // 2 + 1)
+        b = quartets(stage.world, first + begun * PORTION + torch.arange(PORTION))
+        assert torch.equal(images, b.image) and torch.equal(masks, b.mask) and captions == pair_captions(b)
+    # all of a few steps' pictures at once
+    painted = []
+    for k in range(2 * stage.reuse + 1):
+        stage.batch(first + k * 2 * PORTION, 2 * PORTION)
+        painted.append(stage.painted)
+    new = [b - a for a, b in itertools.pairwise(painted)]
+    assert painted[0] == BEGUN and new == [0, 0, 0, 2 * PORTION, 0, 0, 0, 2 * PORTION]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a graph of kernels needs a GPU")
+def test_a_replayed_step_has_the_gradients_of_one_that_is_not():
+    stage = UNetStage(torch.device("cuda"), WEIGHTS)
+    stage.load(WEIGHTS)
+    stage.workers = 2
+    module = stage.module.cuda()
+    found = []
+    for step in (stage.batch(1 << 32, 64), stage.batch((1 << 32) + 64, 64)):
+        for training in (True, False):  # replayed, and not
+            module.train(training)
+            torch.manual_seed(3)
+            loss, _ = module(step)
+            loss.backward()
+            found.append((loss.detach(), {n: p.grad.clone() for n, p in module.named_parameters()}))
+            module.zero_grad(set_to_none=True)
+    assert len(module.captured) == 1
+    for (loss, gradients), (plain, others) in (found[:2], found[2:]):
+        assert torch.allclose(loss, plain, rtol=1e-3)
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient, others[name], atol=1e-2 * float(others[name].norm())), name
+    assert not torch.allclose(found[0][0], found[2][0])
 
 
 def test_the_unet_and_both_filters_learn_from_the_one_error(unet_stage):

@@ -38,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, help="images this stage sees in all (default: the recipe's)")
     parser.add_argument("--learning-rate", type=float, help="its peak (default: the recipe's)")
     parser.add_argument(
+        "--batch-size", type=int, help="images a step, over all processes (default: the recipe's)"
+    )
+    parser.add_argument(
         "--weights",
         type=Path,
         help=f"where to export (default: the package's own weights; of filters: {FILTERS}/BACKBONE)",
@@ -62,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unknown stage {unknown[0]!r}; known: {', '.join(STAGES)}")
     if arguments.images is not None and arguments.images < 1:
         parser.error("--images must be positive")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        parser.error("--batch-size must be positive")
     if arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1:
         parser.error("--learning-rate must lie between 0 and 1")
     if (
@@ -93,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             compile=arguments.compile,
             further=arguments.further,
             learning_rate=arguments.learning_rate,
+            batch_size=arguments.batch_size,
         )
         print(f"{name}: weights in {weights}")
     if own:

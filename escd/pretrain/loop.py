@@ -103,6 +103,7 @@ def train(
     compile: bool = False,
     further: bool = False,
     learning_rate: float | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Train one stage to its number of images and export it; picks up where a killed run left off.
 
@@ -111,14 +112,14 @@ def train(
     model is scored, its grid drawn, its weights exported, a copy of them put under ``checkpoints``, and the
     training record rewritten. `compile` takes minutes to begin and wins back a fifth of each step on a CPU.
     `further` starts from the exported weights where there is no state of a killed run; the record then keeps
-    the earlier trainings' under "earlier", and the curve begins anew. `images` and `learning_rate` replace
-    the recipe's. Returns the record.
+    the earlier trainings' under "earlier", and the curve begins anew. `images`, `learning_rate` and
+    `batch_size` replace the recipe's. Returns the record.
     """
     # bfloat16 where there is any; GPUs before Ampere would only emulate it.
     older = runs_in(choose_device()) is torch.float16
     accelerator = Accelerator(mixed_precision="fp16" if older else "bf16")
     stage = make(accelerator.device)
-    given = {"images": images, "learning_rate": learning_rate}
+    given = {"images": images, "learning_rate": learning_rate, "batch_size": batch_size}
     config = replace(stage.loop, **{name: value for name, value in given.items() if value is not None})
     folder = RUNS / stage.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +141,13 @@ def train(
     )
     seen, seconds, curve, scores = 0, 0.0, [], []
 
-    ema = EMAModel(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(
+        parameters,
+        decay=config.ema_decay,
+        use_ema_warmup=True,
+        power=0.75,
+        foreach=accelerator.device.type == "cuda",
+    )
     ema.to(accelerator.device)
     if state:
         learnt = dict(stage.module.named_parameters())

@@ -10,14 +10,17 @@ to do without.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import save_image
 from transformers import CLIPTokenizerFast
 
@@ -33,8 +36,9 @@ from .towers import WIDTH, load_text_tower
 CAPTION_DROPOUT = 0.1
 # Encoding a picture costs a fifth of a training step on the CPU; each latent is used about this many times,
 # with new noise, a new timestep and a new caption.
-REUSE = {"cpu": 4, "cuda": 1, "mps": 2}
+REUSE = {"cpu": 4, "cuda": 4, "mps": 2}
 BANK, BEGUN = 8_192, 512  # pictures kept for that, and painted before the first step; multiples of QUARTET
+PORTION = 128  # pictures that a worker paints for a GPU at a time
 # Share of the pictures whose shape, and whose appearance, has a name: only these teach the prompt's words.
 # The rest keeps the UNet able to draw what has no name, which is what a person brings. Twelve outlines are
 # soon known by name; the patterns come last.
@@ -173,38 +177,119 @@ class DiffusionLoss(FiltersInTraining):
         unet = make_unet()
         super().__init__(backbone(unet))
         self.unet, self.scheduler = unet, make_scheduler()
+        for attribute in ATTRIBUTES.values():
+            self.backbone.add_token(attribute.token)
+        self.__dict__["captured"] = {}  # graphs, and no part of this module's state
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        text = self.read(step)
-        told = {
-            "outline": self.told("shape", step.told_from, step.outline),
-            "material": self.told("appearance", step.told_from, step.material),
-        }
         # a number of rows to each mean
         means = ((step.plain, 0.0), (step.shape, NOISIER), (step.appearance, 0.0), (step.both, NOISIER))
         t = torch.cat([draw_noise_levels(self.scheduler, n, NOISE_MEAN + more) for n, more in means])
-        t = t.to(step.x_0.device)
-        error = denoising_error(lambda x_t, t: self.unet(x_t, t, text).sample, self.scheduler, step.x_0, t)
+        t, noise = t.to(step.x_0.device), torch.randn_like(step.x_0)
+        target = target_of(self.scheduler, step.x_0, noise, t)
+        given = (
+            self.scheduler.add_noise(step.x_0, noise, t), t, target, self.ids(step), step.shape_from,
+            step.appearance_from, step.told_from, step.outline, step.material,
+        )  # fmt: skip
+        kinds = (step.plain, step.shape, step.appearance, step.both)
+        error, outline, material = self._errors(kinds, given)
         names = ("plain", "shape", "appearance", "both")
-        parts = error.split([step.plain, step.shape, step.appearance, step.both])
-        logs = {name: part.mean() for name, part in zip(names, parts, strict=True) if len(part)}
+        logs = {name: part.mean() for name, part in zip(names, error.split(kinds), strict=True) if len(part)}
+        told = {"outline": outline, "material": material}
         return error.mean() + self.telling * sum(told.values()), logs | told
 
-    def read(self, step: Step) -> Tensor:
-        """Text conditioning (N, L, D) of a step's prompts."""
+    def _errors(self, kinds: tuple[int, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`Errors`: on one GPU captured once as a graph, and replayed.
+
+        So small a network's step is some thousands of kernels, each sooner done than started.
+        """
+        if not (given[0].is_cuda and self.training and torch.is_grad_enabled()) or _several():
+            return Errors(self, kinds)(*given)
+        key = (kinds, tuple(x.shape for x in given))
+        if key not in self.captured:
+            dtype = torch.get_autocast_dtype("cuda")
+            with torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False):
+                self.captured[key] = torch.cuda.make_graphed_callables(
+                    Errors(self, kinds), tuple(x.clone() for x in given), allow_unused_input=True
+                )
+        return self.captured[key](*given)
+
+    def ids(self, step: Step) -> Tensor:
+        """Token ids (N, L) of a step's prompts."""
+        return self.backbone.token_ids(step.prompts).to(step.x_0.device)
+
+    def read(
+        self, ids: Tensor, kinds: tuple[int, ...], shape_from: Tensor, appearance_from: Tensor
+    ) -> Tensor:
+        """Text conditioning (N, L, D) of a step's prompts, by their token ids (N, L).
+
+        kinds: how many are plain, under "*m", under "*a" and under both.
+        """
+        plain, shape, appearance, _ = kinds
         backbone = self.backbone
         words = {name: backbone.word_embedding(a.word) for name, a in ATTRIBUTES.items()}
-        m = self.filters["shape"](step.shape_from, words["shape"]).float()
-        a = self.filters["appearance"](step.appearance_from, words["appearance"]).float()
+        m = self.filters["shape"](shape_from, words["shape"]).float()
+        a = self.filters["appearance"](appearance_from, words["appearance"]).float()
         pseudo_words = {
-            "*m": torch.cat([m[: step.shape], m.new_zeros(step.appearance, WIDTH), m[step.shape :]]),
-            "*a": torch.cat([a.new_zeros(step.shape, WIDTH), a]),
+            "*m": torch.cat([m[:shape], m.new_zeros(appearance, WIDTH), m[shape:]]),
+            "*a": torch.cat([a.new_zeros(shape, WIDTH), a]),
         }
-        text = [backbone.encode_prompt(step.prompts[step.plain :], pseudo_words)]
-        if step.plain:
+        text = [backbone.encode_ids(ids[plain:], pseudo_words)]
+        if plain:
             with torch.no_grad():
-                text.insert(0, backbone.encode_prompt(step.prompts[: step.plain]))
+                text.insert(0, backbone.encode_ids(ids[:plain]))
         return torch.cat(text).float()
+
+
+class Errors(nn.Module):
+    """What of a step's loss is tensors alone: what a GPU can replay.
+
+    Takes noised latents (N, C, h, w), timesteps (N,), targets (N, C, h, w), token ids (N, L), and embeds_ref
+    and truths as in `Step`; gives the squared errors (N,), and how badly outlines and materials are told.
+    """
+
+    def __init__(self, loss: DiffusionLoss, kinds: tuple[int, ...]) -> None:
+        super().__init__()
+        self.unet, self.filters, self.tell = loss.unet, loss.filters, loss.tell
+        self.__dict__["loss"] = loss  # its parameters are those above
+        self.kinds = kinds
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, target: Tensor, ids: Tensor, shape_from: Tensor,
+        appearance_from: Tensor, told_from: Tensor, outline: Tensor, material: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        text = self.loss.read(ids, self.kinds, shape_from, appearance_from)
+        error = (self.unet(x_t, t, text).sample.float() - target).square().mean((1, 2, 3))
+        told = self.loss.told
+        return error, told("shape", told_from, outline), told("appearance", told_from, material)
+
+
+def _several() -> bool:
+    """Whether more than one process trains."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+class Pictures(Dataset):
+    """The world's pictures from number `first` on, PORTION by PORTION: images, masks and captions."""
+
+    def __init__(self, world: World, first: int) -> None:
+        self.world, self.first = world, first
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, list[tuple[list[str], ...]]]:
+        b = quartets(self.world, self.first + k * PORTION + torch.arange(PORTION))
+        return b.image, b.mask, pair_captions(b)
+
+
+def quartets(world: World, index: Tensor) -> Batch:
+    """The pictures with these numbers, by fours: two shapes in two appearances, all else each its own."""
+    four, k = (
+        index[::QUARTET].repeat_interleave(QUARTET),
+        torch.arange(len(index), device=index.device) % QUARTET,
+    )
+    return world.batch(index, shape=four + (k & SAME_APPEARANCE), appearance=four + (k & SAME_SHAPE))
 
 
 class UNetStage:
@@ -223,10 +308,11 @@ class UNetStage:
         torch.manual_seed(13)
         self.module = DiffusionLoss(lambda unet: self._frozen(folder, unet))
         self.backbone = self.module.backbone
-        self.heavy = [self.module.unet]
-        self.world = World(
-            seed=13, named_shapes=NAMED_SHAPES, named_appearances=NAMED_APPEARANCES, device=device
-        )
+        # A graph of kernels gains nothing by being compiled.
+        self.heavy = [self.module.unet] if device.type != "cuda" or _several() else []
+        self.workers = max(1, len(os.sched_getaffinity(0)) - 1) if device.type == "cuda" else 0
+        self.portions: Iterator | None = None
+        self.world = World(seed=13, named_shapes=NAMED_SHAPES, named_appearances=NAMED_APPEARANCES)
         self.reuse = REUSE[device.type]
         self.generator = torch.Generator().manual_seed(13)
         # The ring of pictures: what of them is used again, row by row.
@@ -235,7 +321,7 @@ class UNetStage:
         self.materials = torch.empty(BANK, MATERIAL, device=device)
         self.features = torch.empty(0)
         self.captions: list[tuple[list[str], ...]] = [()] * BANK
-        self.painted = 0
+        self.painted = self.steps = 0
         self.unseen = World(seed=9013, device=device)
         b = self.unseen.batch(range(512))
         self.fixed = (self._encode(b.image), [c[0] for c in b.captions])
@@ -266,34 +352,51 @@ class UNetStage:
         self.module.unet.load_state_dict(unet.state_dict())
         self.module.load(folder)
 
-    def _quartets(self, world: World, index: Tensor) -> Batch:
-        """The pictures with these numbers, by fours: two shapes in two appearances, all else each its own."""
-        four, k = (
-            index[::QUARTET].repeat_interleave(QUARTET),
-            torch.arange(len(index), device=index.device) % QUARTET,
-        )
-        return world.batch(index, shape=four + (k & SAME_APPEARANCE), appearance=four + (k & SAME_SHAPE))
+    def _pictures(self, first: int, count: int) -> tuple[Tensor, Tensor, list[tuple[list[str], ...]]]:
+        """So many new pictures, their masks and captions.
 
-    def _paint(self, index: Tensor) -> None:
-        b = self._quartets(self.world, index)
-        x_0 = self._encode(b.image)
-        features = self._features(b.image, x_0, int(index[0]))
+        On the CPU those from number `first` on. For a GPU workers paint ahead, `count` in whole portions, one
+        after the other from the first `first` on.
+        """
+        if not self.workers:
+            b = quartets(self.world, torch.arange(first, first + count))
+            return b.image.to(self.device), b.mask.to(self.device), pair_captions(b)
+        if self.portions is None:
+            pictures = Pictures(self.world, first)
+            self.portions = iter(
+                DataLoader(pictures, None, num_workers=self.workers, collate_fn=tuple, prefetch_factor=4)
+            )
+        portions = [next(self.portions) for _ in range(-(-count // PORTION))]
+        images, masks, captions = zip(*portions, strict=True)
+        images, masks = (torch.cat(parts).to(self.device) for parts in (images, masks))
+        return images, masks, [each for some in captions for each in some]
+
+    def _paint(self, first: int, count: int) -> int:
+        image, mask, captions = self._pictures(first, count)
+        x_0 = self._encode(image)
+        features = self._features(image, x_0, first)
         if not len(self.features):
             self.features = torch.empty(BANK, features.shape[1], dtype=torch.half, device=self.device)
             for learnt in self.module.filters.values():
                 if (learnt.deviation == 1).all():  # never told
                     learnt.standardise(features)
-        rows = (self.painted + torch.arange(len(index))) % BANK
+        rows = (self.painted + torch.arange(len(image))) % BANK
         self.latents[rows], self.features[rows] = x_0, features.half()
-        self.outlines[rows], self.materials[rows] = outlines(b.mask), materials(b.image, b.mask)
-        for row, captions in zip(rows.tolist(), pair_captions(b), strict=True):
-            self.captions[row] = captions
-        self.painted += len(index)
+        self.outlines[rows], self.materials[rows] = outlines(mask), materials(image, mask)
+        for row, said in zip(rows.tolist(), captions, strict=True):
+            self.captions[row] = said
+        self.painted += len(image)
+        return len(image)
 
     def batch(self, first: int, count: int) -> Step:
-        # The first pictures also set what the filters take for the mean and the deviation of a feature.
-        fresh = max(QUARTET, count // self.reuse // QUARTET * QUARTET) if self.painted else BEGUN
-        self._paint(torch.arange(first, first + fresh, device=self.device))
+        fresh = max(QUARTET, count // self.reuse // QUARTET * QUARTET)
+        if self.workers:  # a GPU encodes many pictures as fast as a few
+            fresh, self.steps = 0 if self.steps % self.reuse else count, self.steps + 1
+        if not self.painted:
+            # These also set what the filters take for the mean and the deviation of a feature.
+            fresh = BEGUN
+        if fresh:
+            fresh = self._paint(first, fresh)
         new = (self.painted - fresh + torch.arange(min(fresh, count))) % BANK
         old = torch.randint(0, min(self.painted, BANK), (count - len(new),), generator=self.generator)
         rows = torch.cat([new, old])[torch.randperm(count, generator=self.generator)]
@@ -334,7 +437,7 @@ class UNetStage:
         error = self._errors(x_0, self.backbone.encode_prompt(captions))
         noisy = error[len(error) // 2 :]
         scores = {"mse": float(error.mean()), "mse_noisy": float(noisy.mean())}
-        b = self._quartets(self.unseen, torch.arange(1 << 20, (1 << 20) + 256, device=self.device))
+        b = quartets(self.unseen, torch.arange(1 << 20, (1 << 20) + 256, device=self.device))
         x_0 = self._encode(b.image)
         read = self._features(b.image, x_0, 0)
         rows, said = torch.arange(len(x_0)), pair_captions(b)
