@@ -414,6 +414,7 @@ def numbers() -> dict[str, str]:
         values["size.gb"] = f"{max(record.metrics['peak_gb'].values()):.0f}"
     for name, row in step_costs().items():
         values |= {f"step.{STEPS_OF[name]}.{key}": f"{ratio:.2f}" for key, ratio in row.items()}
+    values["filters.weights"] = ablation.weights_in_words()
     for arm, row in ablation.rows().items():
         values |= {f"filters.{arm.replace(' ', '_')}.{name}": text for name, text in row.items()}
     return values
@@ -555,7 +556,8 @@ def _filters_in_words() -> list[str]:
     return [
         "The attribute filters alone, at zero tuning steps, with one thing taken away from them at a "
         f"time and {config['images']:,} pictures to get over it behind the frozen UNet (differences from the "
-        f"first row with their 95 % intervals; {config['references']} development references):",
+        f"first row with their 95 % intervals; {config['references']} development references; of "
+        f"{ablation.weights_in_words()}):",
         "",
         ablation.table(),
         "",

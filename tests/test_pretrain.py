@@ -239,7 +239,8 @@ def test_a_replayed_step_has_the_gradients_of_one_that_is_not():
             torch.manual_seed(3)
             loss, _ = module(step)
             loss.backward()
-            found.append((loss.detach(), {n: p.grad.clone() for n, p in module.named_parameters()}))
+            gradients = {n: p.grad.cpu() for n, p in module.named_parameters()}
+            found.append((loss.detach().cpu(), gradients))
             module.zero_grad(set_to_none=True)
     assert len(module.captured) == 1
     for (loss, gradients), (plain, others) in (found[:2], found[2:]):

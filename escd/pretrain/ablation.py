@@ -173,6 +173,13 @@ def rows(folder: Path | None = None) -> dict[str, dict[str, str]]:
     return texts
 
 
+def weights_in_words(folder: Path | None = None) -> str:
+    """Whose numbers the records hold: "the weights that ship", or "earlier weights"."""
+    made = records.all(AblationConfig, folder=folder)
+    now = all(r.inputs == inputs(records.config_of(r, AblationConfig)) for r in made)
+    return "the weights that ship" if now else "earlier weights"
+
+
 def table(folder: Path | None = None) -> str:
     """`rows` as a Markdown table; empty where there are none."""
     lines = [
