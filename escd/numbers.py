@@ -184,10 +184,14 @@ def results_table(which: str = "evaluation") -> str:
 def contrast(attribute: str, one: str, other: str, which: str = "evaluation") -> dict[str, Interval]:
     """What tuning part `one` gives beyond tuning part `other`, picture by picture, with 95 % intervals.
 
-    `transfer`: is the wanted attribute retrieved; `leakage`: similarity of the unwanted one. A picture
-    without a foreground counts as a miss and as a leak; whole references are resampled.
+    `transfer`: is the wanted attribute retrieved; of a shape also `IoU`; `leakage`: similarity of the
+    unwanted one. A picture without a foreground counts as a miss and as a leak; whole references are
+    resampled.
     """
     wanted, unwanted = WANTED[attribute], {"shape": "texture_similarity", "appearance": "iou"}[attribute]
+    scores = [("transfer", wanted, 0.0), ("IoU", "iou", 0.0), ("leakage", unwanted, 1.0)]
+    if attribute != "shape":
+        del scores[1]
     by_arm: dict[str, dict[str, dict]] = {one: {}, other: {}}
     for record in results(which).used:
         if record.kind == "study" and record.config["attribute"] == attribute:
@@ -203,7 +207,7 @@ def contrast(attribute: str, one: str, other: str, which: str = "evaluation") ->
 
     return {
         what: paired_bootstrap(gathered(one, score, missing), gathered(other, score, missing), groups=groups)
-        for what, score, missing in (("transfer", wanted, 0.0), ("leakage", unwanted, 1.0))
+        for what, score, missing in scores
     }
 
 
@@ -386,10 +390,14 @@ def numbers() -> dict[str, str]:
         values |= {
             f"composition.{arm}.{k}": _percent(row.transfer[k]) for k in ("silhouette", "material", "both")
         }
-    if "composition" in found.rows:
-        gain = composed()
+    gains = {"composition": composed()} if "composition" in found.rows else {}
+    for attribute in ATTRIBUTES.values():
+        other = {"encoder": "decoder", "decoder": "encoder"}[attribute.part]
+        for what, gain in contrast(attribute.name, attribute.part, other).items():
+            gains[f"{attribute.name}.{what.lower()}"] = gain
+    for key, gain in gains.items():
         ends = {"": gain.mean, "_low": gain.low, "_high": gain.high}
-        values |= {f"composition.gain{end}": _signed(value) for end, value in ends.items()}
+        values |= {f"{key}.gain{end}": _signed(value) for end, value in ends.items()}
     one = next(record for record in found.used if record.kind == "study")
     values |= {
         "study.references": str(found.references),

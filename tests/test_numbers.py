@@ -203,6 +203,12 @@ def test_a_contrast_is_between_the_same_pictures(stored):
         rows["all"].transfer["retrieval"] - rows["encoder"].transfer["retrieval"]
     )
     assert found["leakage"].mean == pytest.approx(rows["all"].leakage.mean - rows["encoder"].leakage.mean)
+    shapes = numbers.results().rows["shape"]
+    beside = numbers.contrast("shape", "all", "encoder")
+    assert list(beside) == ["transfer", "IoU", "leakage"] and list(found) == ["transfer", "leakage"]
+    assert beside["IoU"].mean == pytest.approx(
+        shapes["all"].transfer["iou"] - shapes["encoder"].transfer["iou"]
+    )
     assert found["transfer"].low < found["transfer"].mean < found["transfer"].high
 
 
