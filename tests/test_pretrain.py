@@ -39,6 +39,7 @@ from escd.pretrain.unet import (
     SAME_SHAPE,
     SHADES,
     TOLD,
+    Pictures,
     UNetStage,
     denoising_error,
     make_scheduler,
@@ -212,18 +213,21 @@ def test_a_step_shows_a_filter_what_the_picture_shares_and_nothing_of_the_pictur
 def test_workers_paint_ahead_what_the_stage_would_paint_itself():
     stage = UNetStage(torch.device("cpu"), WEIGHTS)
     stage.workers = 2
-    first = 1 << 31
+    first = stage.first = 1 << 31
     for begun in (0, 1):  # one portion after the other, each in whole
         images, masks, captions = stage._pictures(first, PORTION // 2 + 1)
         b = quartets(stage.world, first + begun * PORTION + torch.arange(PORTION))
         assert torch.equal(images, b.image) and torch.equal(masks, b.mask) and captions == pair_captions(b)
+    # two processes have every other portion
+    theirs = torch.cat([Pictures(stage.world, first, rank, 2)[0][0] for rank in range(2)])
+    assert torch.equal(theirs, quartets(stage.world, first + torch.arange(2 * PORTION)).image)
     # all of a few steps' pictures at once
     painted = []
     for k in range(2 * stage.reuse + 1):
-        stage.batch(first + k * 2 * PORTION, 2 * PORTION)
+        stage.batch(first + k * PORTION, PORTION)
         painted.append(stage.painted)
     new = [b - a for a, b in itertools.pairwise(painted)]
-    assert painted[0] == BEGUN and new == [0, 0, 0, 2 * PORTION, 0, 0, 0, 2 * PORTION]
+    assert painted[0] == BEGUN and new == [0, 0, 0, PORTION, 0, 0, 0, PORTION]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a graph of kernels needs a GPU")

@@ -203,7 +203,7 @@ class DiffusionLoss(FiltersInTraining):
 
         So small a network's step is some thousands of kernels, each sooner done than started.
         """
-        if not (given[0].is_cuda and self.training and torch.is_grad_enabled()) or _several():
+        if not (given[0].is_cuda and self.training and torch.is_grad_enabled()) or _rank()[1] > 1:
             return Errors(self, kinds)(*given)
         key = (kinds, tuple(x.shape for x in given))
         if key not in self.captured:
@@ -264,22 +264,28 @@ class Errors(nn.Module):
         return error, told("shape", told_from, outline), told("appearance", told_from, material)
 
 
-def _several() -> bool:
-    """Whether more than one process trains."""
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+def _rank() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 class Pictures(Dataset):
-    """The world's pictures from number `first` on, PORTION by PORTION: images, masks and captions."""
+    """The world's pictures from number `first` on, PORTION by PORTION: images, masks and captions.
 
-    def __init__(self, world: World, first: int) -> None:
-        self.world, self.first = world, first
+    Of `several` processes, that of number `rank` has every several-th portion.
+    """
+
+    def __init__(self, world: World, first: int, rank: int = 0, several: int = 1) -> None:
+        self.world, self.first, self.rank, self.several = world, first, rank, several
 
     def __len__(self) -> int:
         return 1 << 40
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor, list[tuple[list[str], ...]]]:
-        b = quartets(self.world, self.first + k * PORTION + torch.arange(PORTION))
+        first = self.first + (k * self.several + self.rank) * PORTION
+        b = quartets(self.world, first + torch.arange(PORTION))
         return b.image, b.mask, pair_captions(b)
 
 
@@ -309,9 +315,11 @@ class UNetStage:
         self.module = DiffusionLoss(lambda unet: self._frozen(folder, unet))
         self.backbone = self.module.backbone
         # A graph of kernels gains nothing by being compiled.
-        self.heavy = [self.module.unet] if device.type != "cuda" or _several() else []
-        self.workers = max(1, len(os.sched_getaffinity(0)) - 1) if device.type == "cuda" else 0
+        _, several = _rank()
+        self.heavy = [self.module.unet] if device.type != "cuda" or several > 1 else []
+        self.workers = max(1, (os.cpu_count() or 2) // several - 1) if device.type == "cuda" else 0
         self.portions: Iterator | None = None
+        self.first = 0
         self.world = World(seed=13, named_shapes=NAMED_SHAPES, named_appearances=NAMED_APPEARANCES)
         self.reuse = REUSE[device.type]
         self.generator = torch.Generator().manual_seed(13)
@@ -355,14 +363,14 @@ class UNetStage:
     def _pictures(self, first: int, count: int) -> tuple[Tensor, Tensor, list[tuple[list[str], ...]]]:
         """So many new pictures, their masks and captions.
 
-        On the CPU those from number `first` on. For a GPU workers paint ahead, `count` in whole portions, one
-        after the other from the first `first` on.
+        On the CPU those from number `first` on. For a GPU workers paint ahead, one portion after the other
+        from the training's first picture on, and `count` is rounded up to whole ones.
         """
         if not self.workers:
             b = quartets(self.world, torch.arange(first, first + count))
             return b.image.to(self.device), b.mask.to(self.device), pair_captions(b)
         if self.portions is None:
-            pictures = Pictures(self.world, first)
+            pictures = Pictures(self.world, self.first, *_rank())
             self.portions = iter(
                 DataLoader(pictures, None, num_workers=self.workers, collate_fn=tuple, prefetch_factor=4)
             )
@@ -393,6 +401,7 @@ class UNetStage:
         if self.workers:  # a GPU encodes many pictures as fast as a few
             fresh, self.steps = 0 if self.steps % self.reuse else count, self.steps + 1
         if not self.painted:
+            self.first = first - _rank()[0] * count  # that of process 0
             # These also set what the filters take for the mean and the deviation of a feature.
             fresh = BEGUN
         if fresh:
