@@ -631,7 +631,8 @@ def run_again(
 
     Where machine, instruction set, threads and versions are the record's, to the bit. Elsewhere each score's
     mean over a run's pictures may differ by three standard errors of such a mean, taken from the spread over
-    pictures (each has a prompt and a seed of its own) within the runs of `everything`.
+    pictures (each has a prompt and a seed of its own) within the runs of `everything`; of a score that is
+    yes or no, one picture may always turn.
     """
     score = score or FreshStudy(device="cpu").score
     lines = []
@@ -666,7 +667,7 @@ def _means(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _bounds(record: Record, everything: Sequence[Record]) -> dict[str, float]:
-    """Three standard errors of each score's mean over a run's pictures."""
+    """Three standard errors of each score's mean over a run's pictures, but one picture's yes or no."""
     alike = [
         r for r in everything if r.kind == record.kind and r.config["attribute"] == record.config["attribute"]
     ]
@@ -676,5 +677,8 @@ def _bounds(record: Record, everything: Sequence[Record]) -> dict[str, float]:
         runs = [run for run in runs if len(run) > 1]
         if runs:
             variance = float(np.mean([np.var(run, ddof=1) for run in runs]))
-            bounds[name] = 3 * math.sqrt(variance / len(record.metrics[name]))
+            values = record.metrics[name]
+            # Where nearly all are right, the spread says nothing of how few pictures a run has.
+            one = 1 / len(values) if all(isinstance(v, bool) for v in values if v is not None) else 0.0
+            bounds[name] = max(3 * math.sqrt(variance / len(values)), one)
     return bounds

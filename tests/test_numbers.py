@@ -313,6 +313,14 @@ def test_a_record_that_does_not_come_out_again_is_noticed(stored):
     far = dataclasses.replace(on_another, metrics={**record.metrics, "iou": [5.0] * 4})
     (line,) = numbers.run_again([far], found, made_up)
     assert "iou" in line
+    # one yes or no of a picture may turn there, where all others are right too, but not two
+    fresh = {**record.metrics, "obeyed_background": [True] * 4}
+    alike = [dataclasses.replace(r, metrics={**r.metrics, "obeyed_background": [True] * 4}) for r in found]
+    for wrong in (1, 2):
+        answers = [False] * wrong + [True] * (4 - wrong)
+        turned = dataclasses.replace(on_another, metrics={**record.metrics, "obeyed_background": answers})
+        lines = numbers.run_again([turned], alike, lambda config: fresh)
+        assert [line.split(": ")[1] for line in lines] == ["obeyed_background"] * (wrong - 1)
 
 
 def test_the_study_of_the_check_learns_anew(backbone, tmp_path, monkeypatch):
