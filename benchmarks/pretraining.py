@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from escd.backbone import MODELS
-from escd.pretrain.unet import UNetStage
+from escd.pretrain.unet import UNetStage, quartets
 
 SIDE = 2048  # of the matrices whose product stands for the machine's peak
 
@@ -49,7 +49,7 @@ def main() -> None:
     average = EMAModel(learning)
     fresh = arguments.batch // stage.reuse
     index = torch.arange(fresh)
-    pictures = stage._quartets(stage.world, index).image
+    pictures = quartets(stage.world, index).image
     latents = stage._encode(pictures)
     step = stage.batch(0, arguments.batch)
 
@@ -63,7 +63,7 @@ def main() -> None:
         average.step(learning)
 
     parts: dict[str, Callable[[], object]] = {
-        f"painting {fresh} pictures": lambda: stage._quartets(stage.world, index),
+        f"painting {fresh} pictures": lambda: quartets(stage.world, index),
         "the autoencoder's latents": lambda: stage._encode(pictures),
         "features for the filters": lambda: stage._features(pictures, latents, 0),
         "UNet and filters, forward and backward": learn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -50,6 +51,8 @@ def test_the_memory_that_batches_take_is_foretold(checkpointing):
             check=True,
             capture_output=True,
             text=True,
+            # What is freed is given back at once: else the peak depends on what the allocator uses again.
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
         )
         peaks.append(int(done.stdout))
         config = TuningConfig.of("appearance", steps=2, batch_size=batch)
@@ -57,8 +60,8 @@ def test_the_memory_that_batches_take_is_foretold(checkpointing):
     assert costs[0].learning == costs[1].learning and costs[0].frozen == costs[1].frozen
     grown = costs[1].activations - costs[0].activations
     assert 6 < grown / costs[0].activations < 8, "in proportion to the batch, but for copies of the weights"
-    # on the way back a few gradients come on top, and what the allocator does not use again
-    assert 0.8 < (peaks[1] - peaks[0]) / grown < 1.7
+    # on the way back a few gradients come on top; on other systems also what the allocator does not use again
+    assert 0.65 < (peaks[1] - peaks[0]) / grown < 1.7
     assert costs[1].total < peaks[1], "python and its libraries come on top"
 
 
