@@ -189,9 +189,8 @@ def contrast(attribute: str, one: str, other: str, which: str = "evaluation") ->
     resampled.
     """
     wanted, unwanted = WANTED[attribute], {"shape": "texture_similarity", "appearance": "iou"}[attribute]
-    scores = [("transfer", wanted, 0.0), ("IoU", "iou", 0.0), ("leakage", unwanted, 1.0)]
-    if attribute != "shape":
-        del scores[1]
+    overlap = [("IoU", "iou", 0.0)] if attribute == "shape" else []
+    scores = [("transfer", wanted, 0.0), *overlap, ("leakage", unwanted, 1.0)]
     by_arm: dict[str, dict[str, dict]] = {one: {}, other: {}}
     for record in results(which).used:
         if record.kind == "study" and record.config["attribute"] == attribute:

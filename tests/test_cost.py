@@ -60,8 +60,9 @@ def test_the_memory_that_batches_take_is_foretold(checkpointing):
     assert costs[0].learning == costs[1].learning and costs[0].frozen == costs[1].frozen
     grown = costs[1].activations - costs[0].activations
     assert 6 < grown / costs[0].activations < 8, "in proportion to the batch, but for copies of the weights"
-    # on the way back a few gradients come on top; on other systems also what the allocator does not use again
-    assert 0.65 < (peaks[1] - peaks[0]) / grown < 1.7
+    # on the way back a few gradients come on top, and elsewhere what the allocator does not use again
+    low, high = (0.7, 1.2) if sys.platform == "linux" else (0.8, 1.7)
+    assert low < (peaks[1] - peaks[0]) / grown < high
     assert costs[1].total < peaks[1], "python and its libraries come on top"
 
 
