@@ -93,3 +93,13 @@ def test_the_table_pairs_the_arms_and_leaves_out_what_failed(tmp_path, monkeypat
     # a missing silhouette is an overlap of nothing, and has no distance
     assert cells[:2] == [ARMS["no tower"], "0.44"] and cells[2].startswith("-0.16 [")
     assert cells[3:] == ["0 %", "50 %", "9.0", "+1.00 [+1.00, +1.00]"]
+
+
+def test_whose_numbers_the_records_hold(tmp_path):
+    config = AblationConfig("all")
+    shipped, metrics = ablation.inputs(config), {"errors": {}}
+    records.get(config, lambda config: metrics, inputs=shipped, folder=tmp_path)
+    assert ablation.weights_in_words(tmp_path) == "the weights that ship"
+    older = AblationConfig("no word")
+    records.get(older, lambda config: metrics, inputs=shipped | {"filters": "0" * 64}, folder=tmp_path)
+    assert ablation.weights_in_words(tmp_path) == "earlier weights"
