@@ -32,12 +32,14 @@ from .pretrain import ablation
 from .records import Record
 from .references import Reference, load_references
 from .study import (
+    ALIKE,
     AutoencoderConfig,
     CompositionConfig,
     RankConfig,
     Row,
     Study,
     StudyConfig,
+    alike_configs,
     backbone_configs,
     configs,
     rank_configs,
@@ -55,6 +57,13 @@ ARMS = {
     "decoder": "decoder tuned",
     "all": "whole UNet tuned",
     "ceiling": "autoencoder",
+}
+# What else `alike` calls by name.
+PLACES = {
+    "encoder": "encoder",
+    "decoder/attentions": "decoder's transformer blocks",
+    "up.1": "decoder's middle block",
+    "decoder": "decoder",
 }
 WANTED = {"shape": "silhouette", "appearance": "material"}  # the retrieval that is an attribute's transfer
 REPEATS, REPEAT_SECONDS = 2, 60.0
@@ -77,20 +86,21 @@ def study() -> Study:
 
 @dataclass(frozen=True)
 class CostConfig:
-    """What it costs to learn one attribute of one reference on one CPU thread."""
+    """What it costs to learn one attribute of one reference on a few CPU threads."""
 
     tuning: TuningConfig
     reference: str
+    threads: int = 2
     list: str = "development"
     backbone: str = "mini"
 
 
 def cost(config: CostConfig) -> dict[str, float]:
-    """Seconds of one tuning on one CPU thread, and the size of what it leaves."""
+    """Seconds of one tuning, and the size of what it leaves."""
     image = load_references(which=config.list)[config.reference].image
     backbone = study().backbone(config.backbone)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(config.threads)
     try:
         start = time.perf_counter()
         learnt = customize(image, config.tuning.attribute, backbone, config=config.tuning, progress=False)
@@ -111,6 +121,7 @@ class Results:
     rows: dict[str, dict[str, Row]]
     references: int  # for which every arm is stored
     used: tuple[Record, ...]
+    alike: tuple[Record, ...]  # of the decoder's parts as large as the encoder; empty where one is missing
 
 
 def current(config: Any) -> Record:
@@ -128,19 +139,23 @@ def _results(which: str, _state: str) -> Results:
     found = {record.key: record for kind in ("study", "composition") for record in records.all(kind)}
     groups: dict[tuple[type, str], list[Record | None]] = defaultdict(list)
     inputs: dict[type, dict[str, str]] = {}
-    for config in configs(study().references(which)):
-        kind = type(config)
+
+    def stored(config: StudyConfig | CompositionConfig) -> Record | None:
+        kind, record = type(config), found.get(records.key_of(config))
         if kind not in inputs:
             inputs[kind] = study().inputs(config)
-        record = found.get(records.key_of(config))
-        name = config.reference if kind is StudyConfig else config.shape
-        groups[kind, name].append(record if record is not None and record.inputs == inputs[kind] else None)
+        return record if record is not None and record.inputs == inputs[kind] else None
+
+    for config in configs(study().references(which)):
+        name = config.reference if isinstance(config, StudyConfig) else config.shape
+        groups[type(config), name].append(stored(config))
     whole = {group: runs for group, runs in groups.items() if None not in runs}
     references = sum(kind is StudyConfig for kind, _ in whole)
     if not references:
         raise KeyError(f"figures/records has no reference of the {which} list in full: `make study` makes it")
     used = tuple(record for runs in whole.values() for record in runs)
-    return Results(table(used), references, used)
+    alike = [stored(config) for config in alike_configs(study().references(which))]
+    return Results(table(used), references, used, tuple(alike) if None not in alike else ())
 
 
 def _fingerprint() -> str:
@@ -192,7 +207,8 @@ def contrast(attribute: str, one: str, other: str, which: str = "evaluation") ->
     overlap = [("IoU", "iou", 0.0)] if attribute == "shape" else []
     scores = [("transfer", wanted, 0.0), *overlap, ("leakage", unwanted, 1.0)]
     by_arm: dict[str, dict[str, dict]] = {one: {}, other: {}}
-    for record in results(which).used:
+    found = results(which)
+    for record in (*found.used, *found.alike):
         if record.kind == "study" and record.config["attribute"] == attribute:
             arm = records.config_of(record, StudyConfig).arm
             if arm in by_arm:
@@ -208,6 +224,57 @@ def contrast(attribute: str, one: str, other: str, which: str = "evaluation") ->
         what: paired_bootstrap(gathered(one, score, missing), gathered(other, score, missing), groups=groups)
         for what, score, missing in scores
     }
+
+
+@dataclass(frozen=True)
+class Alike:
+    """A part of the UNet beside the encoder, for one attribute."""
+
+    megabytes: float  # of what was learnt, in half precision
+    row: Row
+    beyond: dict[str, Interval]  # `contrast` with the encoder; empty for the encoder itself
+
+
+def alike(attribute: str, which: str = "evaluation") -> dict[str, Alike]:
+    """The encoder, the decoder, and the decoder's parts of the encoder's size; empty before they are run."""
+    found = results(which)
+    rows = table([*found.used, *found.alike])[attribute]
+    sizes: dict[str, list[float]] = defaultdict(list)
+    for record in (*found.used, *found.alike):
+        if record.kind == "study" and record.config["attribute"] == attribute:
+            arm = records.config_of(record, StudyConfig).arm
+            sizes[arm].append(record.metrics.get("megabytes", 0.0))
+    return {
+        part: Alike(
+            float(np.mean(sizes[part])),
+            rows[part],
+            {} if part == "encoder" else contrast(attribute, part, "encoder", which),
+        )
+        for part in (("encoder", *ALIKE, "decoder") if found.alike else ())
+    }
+
+
+def alike_table(which: str = "evaluation") -> str:
+    """`alike` of both attributes as a Markdown table; empty where there is none."""
+    shape, look = (alike(name, which) for name in ("shape", "appearance"))
+    lines = [
+        "| tuned | MB | shape: IoU | difference | retrieved "
+        "| appearance: distance | retrieved | difference |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for part in shape:
+        a, b = shape[part], look[part]
+        cells = [
+            f"{a.megabytes:.1f}",
+            _decimals(a.row.transfer["iou"]),
+            _interval(a.beyond["IoU"]) if a.beyond else "",
+            _share(a.row.transfer["retrieval"]),
+            _decimals(b.row.transfer.get("distance")),
+            _share(b.row.transfer["retrieval"]),
+            _interval(b.beyond["transfer"]) if b.beyond else "",
+        ]
+        lines.append(f"| {PLACES[part]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) if shape else ""
 
 
 def composed(one: str = "ours", other: str = "reversed", which: str = "evaluation") -> Interval:
@@ -394,6 +461,13 @@ def numbers() -> dict[str, str]:
         other = {"encoder": "decoder", "decoder": "encoder"}[attribute.part]
         for what, gain in contrast(attribute.name, attribute.part, other).items():
             gains[f"{attribute.name}.{what.lower()}"] = gain
+        for part, one in alike(attribute.name).items():
+            if part in ALIKE:
+                key = f"{attribute.name}.{part.replace('/', '_').replace('.', '_')}"
+                texts = _row_numbers(attribute.name, one.row)
+                values |= {f"{key}.{name}": text for name, text in texts.items()}
+                values[f"{key}.mb"] = f"{one.megabytes:.1f}"
+                gains |= {f"{key}.{what.lower()}": gain for what, gain in one.beyond.items()}
     for key, gain in gains.items():
         ends = {"": gain.mean, "_low": gain.low, "_high": gain.high}
         values |= {f"{key}.gain{end}": _signed(value) for end, value in ends.items()}
@@ -554,6 +628,19 @@ def _steps_in_words() -> list[str]:
     return [*lines, "", default]
 
 
+def _alike_in_words() -> list[str]:
+    """The README's lines on the halves at equal size."""
+    made = alike_table()
+    if not made:
+        return []
+    said = (
+        "The halves at equal size: parts of the decoder that take about as much as the encoder, on the same "
+        "references and prompts (differences from the encoder, in IoU and in the share of pictures "
+        "retrieved, with their 95 % intervals):"
+    )
+    return [said, "", made, ""]
+
+
 def _filters_in_words() -> list[str]:
     """The README's lines on what of the filters is needed."""
     made = records.all(ablation.AblationConfig)
@@ -600,9 +687,10 @@ def _summary(values: Mapping[str, str]) -> str:
         "",
         results_table(),
         "",
+        *_alike_in_words(),
         *_filters_in_words(),
-        f"Learning takes {v['tuning.shape.steps']} steps for a shape ({v['tuning.shape.seconds']} s on one "
-        f"CPU thread, {v['tuning.shape.mb']} MB) and {v['tuning.appearance.steps']} for an appearance "
+        f"Learning takes {v['tuning.shape.steps']} steps for a shape ({v['tuning.shape.seconds']} s on two "
+        f"CPU threads, {v['tuning.shape.mb']} MB) and {v['tuning.appearance.steps']} for an appearance "
         f"({v['tuning.appearance.seconds']} s, {v['tuning.appearance.mb']} MB).",
         *_size_in_words(v),
         *_steps_in_words(),

@@ -20,6 +20,7 @@ from escd.study import (
     JudgesConfig,
     ObedienceConfig,
     StudyConfig,
+    alike_configs,
     configs,
     rank_configs,
 )
@@ -40,6 +41,8 @@ RIGHT = {
     "ceiling": 1.0,
     "ours": 0.5,
     "reversed": 0.4,
+    "decoder/attentions": 0.9,
+    "up.1": 0.2,
 }
 
 
@@ -68,6 +71,7 @@ def made_up(config) -> dict:
         scores[name] = scores[name] or (right * draw.random(4)).tolist()
     scores["failed"] = [False] * 4
     if isinstance(config, StudyConfig):
+        scores["megabytes"] = 10 * right
         asked = ("pattern", "colours") if config.attribute == "shape" else ("shape",)
         scores |= {f"obeyed_{name}": (draw.random(4) < right).tolist() for name in asked}
     return {"prompts": ["a *m shape"] * 4, **scores}
@@ -210,6 +214,29 @@ def test_a_contrast_is_between_the_same_pictures(stored):
         shapes["all"].transfer["iou"] - shapes["encoder"].transfer["iou"]
     )
     assert found["transfer"].low < found["transfer"].mean < found["transfer"].high
+
+
+def test_the_halves_at_equal_size(stored):
+    assert numbers.alike("shape") == {} and numbers.alike_table() == "", "not before they are run"
+    *most, last = alike_configs(LISTED)
+    for config in most:
+        records.get(config, made_up, inputs={"backbone mini": "aa"}, device="cpu")
+    assert numbers.alike("shape") == {}, "nor before all of them are"
+    records.get(last, made_up, inputs={"backbone mini": "aa"}, device="cpu")
+    found = numbers.alike("appearance")
+    assert list(found) == ["encoder", "decoder/attentions", "up.1", "decoder"] and not found["encoder"].beyond
+    part, encoder = found["up.1"], found["encoder"]
+    assert part.megabytes == pytest.approx(2) and part.row.pictures == encoder.row.pictures == 12
+    assert part.beyond["transfer"].mean == pytest.approx(
+        part.row.transfer["retrieval"] - encoder.row.transfer["retrieval"]
+    )
+    assert numbers.results().references == 3 and "up.1" not in numbers.results().rows["shape"]
+    values, rows = numbers.numbers(), numbers.alike_table().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in numbers.PLACES.values()]
+    shape = numbers.alike("shape")["decoder/attentions"]
+    assert values["shape.decoder_attentions.iou"] == f"{shape.row.transfer['iou']:.2f}" in rows[1]
+    assert values["shape.decoder_attentions.iou.gain"] == f"{shape.beyond['IoU'].mean:+.2f}" in rows[1]
+    assert values["appearance.up_1.mb"] == "2.0"
 
 
 def test_what_composition_gains_is_between_the_same_pictures(stored):

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from escd import judges, records, study
+from escd.backbone import load_backbone
 from escd.judges import Judge, Judges
+from escd.parts import parameters_of
 from escd.references import load_references
 from escd.study import (
     AutoencoderConfig,
@@ -182,6 +184,24 @@ def test_ranks_are_scored_like_the_study(made, listed, tmp_path, monkeypatch):
     assert {config.tuning for config in grid} == {TuningConfig.of("shape"), TuningConfig.of("appearance")}
 
 
+def test_parts_alike_in_size(listed):
+    unet = load_backbone("mini").unet
+    whole, *others = (
+        sum(p.numel() for p in parameters_of(unet, part).values()) for part in ("encoder", *study.ALIKE)
+    )
+    assert all(0.9 < other / whole < 1.1 for other in others)
+    for part in study.ALIKE:
+        assert set(parameters_of(unet, part)) <= set(parameters_of(unet, "decoder"))
+    two = dataclasses.replace(listed, references=listed.references[:2])
+    grid = study.alike_configs(two)
+    assert len(set(grid)) == len(grid) == 2 * 2 * len(study.ALIKE)
+    assert {config.arm for config in grid} == set(study.ALIKE)
+    # The rates are the half's own.
+    assert {c.tuning.learning_rate for c in grid if c.attribute == "shape"} == {
+        TuningConfig.of("shape", "decoder").learning_rate
+    }
+
+
 def test_the_grid(listed):
     two = dataclasses.replace(listed, references=listed.references[:2])
     grid = study.configs(two)
@@ -219,6 +239,8 @@ def scores(failed=(False, False), **changes):
 
 def test_workers_share_what_is_to_be_learnt(listed):
     grid = [*study.backbone_configs(), *study.configs(listed), *study.rank_configs(listed)]
+    assert study.share(grid, 0, 1) == grid
+    grid += study.alike_configs(listed)
     shares = [study.share(grid, worker, 2) for worker in (0, 1)]
     assert sorted(map(records.key_of, [*shares[0], *shares[1]])) == sorted(map(records.key_of, grid))
     learnt = [
@@ -230,7 +252,6 @@ def test_workers_share_what_is_to_be_learnt(listed):
         assert {(c.reference, c.tuning) for c in mine if isinstance(c, RankConfig)} <= known
         kinds = [type(c) for c in mine]
         assert kinds.index(CompositionConfig) > max(i for i, kind in enumerate(kinds) if kind is StudyConfig)
-    assert study.share(grid, 0, 1) == grid
 
 
 def test_a_failed_mask_is_a_miss_and_a_leak():
