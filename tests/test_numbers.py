@@ -280,6 +280,8 @@ def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch)
     ways = {name: [took(1, 1, 1)] for name in numbers.STEPS_OF}
     config = BENCHMARKS["tuning_cost"]["TuningCostConfig"](tuple(ways))
     records.get(config, lambda _: {"rounds": ways, "flops": dict.fromkeys(ways, 1)}, device="cpu")
+    for one in alike_configs(LISTED):
+        records.get(one, made_up, inputs={"backbone mini": "aa"}, device="cpu")
     used = keys_in((records.ROOT / "paper" / "main.tex").read_text())
     assert len(used) > 50
     values = numbers.numbers()
