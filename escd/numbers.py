@@ -241,9 +241,8 @@ def alike(attribute: str, which: str = "evaluation") -> dict[str, Alike]:
     rows = table([*found.used, *found.alike])[attribute]
     sizes: dict[str, list[float]] = defaultdict(list)
     for record in (*found.used, *found.alike):
-        if record.kind == "study" and record.config["attribute"] == attribute:
-            arm = records.config_of(record, StudyConfig).arm
-            sizes[arm].append(record.metrics.get("megabytes", 0.0))
+        if "megabytes" in record.metrics and record.config["attribute"] == attribute:  # something was learnt
+            sizes[records.config_of(record, StudyConfig).arm].append(record.metrics["megabytes"])
     return {
         part: Alike(
             float(np.mean(sizes[part])),
@@ -480,6 +479,7 @@ def numbers() -> dict[str, str]:
     }
     for record in cost_records():
         key = f"tuning.{record.config['tuning']['attribute']}"
+        values["tuning.threads"] = str(record.config["threads"])
         values[f"{key}.steps"] = str(record.metrics["steps"])
         values[f"{key}.seconds"] = f"{record.metrics['seconds']:.0f}"
         values[f"{key}.mb"] = f"{record.metrics['megabytes']:.1f}"
@@ -689,8 +689,9 @@ def _summary(values: Mapping[str, str]) -> str:
         "",
         *_alike_in_words(),
         *_filters_in_words(),
-        f"Learning takes {v['tuning.shape.steps']} steps for a shape ({v['tuning.shape.seconds']} s on two "
-        f"CPU threads, {v['tuning.shape.mb']} MB) and {v['tuning.appearance.steps']} for an appearance "
+        f"Learning takes {v['tuning.shape.steps']} steps for a shape ({v['tuning.shape.seconds']} s on "
+        f"{v['tuning.threads']} CPU threads, {v['tuning.shape.mb']} MB) and "
+        f"{v['tuning.appearance.steps']} for an appearance "
         f"({v['tuning.appearance.seconds']} s, {v['tuning.appearance.mb']} MB).",
         *_size_in_words(v),
         *_steps_in_words(),

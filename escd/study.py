@@ -915,7 +915,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--ranks", action="store_true", help="also what is left of each at a low rank")
     parser.add_argument(
-        "--alike", action="store_true", help="also parts of the decoder that are of the encoder's size"
+        "--alike", action="store_true", help="also the parts of the decoder that are of mini's encoder's size"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -944,7 +944,8 @@ def main(argv: list[str] | None = None) -> None:
         study.run(config, stored)
     state.wait_for_everyone()
     if state.is_main_process:
-        print(show(table(records.get(c, folder=stored, inputs=study.inputs(c)) for c in grid)))
+        made = (records.get(c, folder=stored, inputs=study.inputs(c)) for c in (*grid, *further))
+        print(show(table(made)))
 
 
 if __name__ == "__main__":

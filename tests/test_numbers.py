@@ -71,7 +71,7 @@ def made_up(config) -> dict:
         scores[name] = scores[name] or (right * draw.random(4)).tolist()
     scores["failed"] = [False] * 4
     if isinstance(config, StudyConfig):
-        scores["megabytes"] = 10 * right
+        scores |= {"megabytes": 10 * right} if config.kind == "customized" else {}
         asked = ("pattern", "colours") if config.attribute == "shape" else ("shape",)
         scores |= {f"obeyed_{name}": (draw.random(4) < right).tolist() for name in asked}
     return {"prompts": ["a *m shape"] * 4, **scores}
@@ -289,7 +289,7 @@ def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch)
     assert values["backbone.images_seen"] == "200,000"
     assert values["backbone.judge_accuracy"] == "99.5" and values["backbone.judged_patterns"] == "52"
     assert values["obedience.colour"] == "90"
-    assert values["tuning.shape.seconds"] == "31"
+    assert values["tuning.shape.seconds"] == "31" and values["tuning.threads"] == "2"
     row = numbers.results().rows["shape"]["encoder"]
     assert values["shape.encoder.iou"] == f"{row.transfer['iou']:.2f}"
     assert values["shape.encoder.leakage"][0] in "+-"
