@@ -63,7 +63,13 @@ RATES = {
     },
 }
 RATES["adamw8bit"] = RATES["adamw"]
-STEPS = {"shape": 320, "appearance": 40}
+STEPS = {"shape": 160, "appearance": 40}
+# Noised views a step. Half the steps of twice the views learn a shape as well (`escd/pretrain/README.md`) in less
+# time: a step of Muon's costs the same for any number of views.
+BATCH_SIZES = {"shape": 16, "appearance": 8}
+# The share of the views in which the other attribute is changed. Of the reference as it is a shape learns its
+# appearance.
+AUGMENTATION = {"shape": 1.0, "appearance": 0.75}
 # The pseudo-word's rate. An outline needs the weights more than the word.
 WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
 # How many differently augmented views of the reference there are, and the share of the draws under the empty
@@ -79,7 +85,13 @@ LOW_RANK_RATE = 5.0
 # A backbone of Stable Diffusion's size: what DreamBooth, LoRA and textual inversion are commonly run with
 # there. None of it was measured by this project. Muon is left out for its arithmetic: some 0.4e12 operations
 # for each kernel of 1280 x 11520.
-LARGE_RECIPE = {"optimizer": "adamw", "learning_rate": 1e-5, "word_learning_rate": 5e-4, "batch_size": 1}
+LARGE_RECIPE = {
+    "optimizer": "adamw",
+    "learning_rate": 1e-5,
+    "word_learning_rate": 5e-4,
+    "batch_size": 1,
+    "augmentation": 0.75,
+}
 LARGE_STEPS = {"shape": 400, "appearance": 250}
 LARGE_RANK_RATE = 1e-4
 
@@ -200,7 +212,9 @@ class TuningConfig:
             # AdamW changes them either way.
             "bias_learning_rate": RATES["adamw"][recipe][half] if optimizer == "muon" else None,
             "optimizer": optimizer,
+            "batch_size": BATCH_SIZES[recipe],
             "views": VIEWS[recipe],
+            "augmentation": AUGMENTATION[recipe],
             "dropout": DROPOUT[recipe],
             "noise_level": NOISE_LEVELS[recipe],
         }
