@@ -118,7 +118,8 @@ def test_a_large_backbone_has_a_recipe_of_its_own(backbone, monkeypatch):
     monkeypatch.setattr("escd.backbone.LARGE", 1)
     config = TuningConfig.of("shape", backbone=backbone)
     assert config.optimizer == "adamw" and config.learning_rate < TuningConfig.of("shape").learning_rate / 10
-    assert config.bias_learning_rate is None
+    assert config.bias_learning_rate is None and config.batch_size == 1
+    assert config.augmentation < TuningConfig.of("shape").augmentation == 1
     conditioning = {a: TuningConfig.of(a, backbone=backbone).conditioning for a in ("shape", "appearance")}
     assert conditioning == {"shape": "joint", "appearance": "half"}
     assert TuningConfig.of("appearance", "all", backbone).conditioning == "joint"
