@@ -64,11 +64,11 @@ RATES = {
 }
 RATES["adamw8bit"] = RATES["adamw"]
 STEPS = {"shape": 160, "appearance": 40}
-# Noised views a step. Half the steps of twice the views learn a shape as well (`escd/pretrain/README.md`) in less
-# time: a step of Muon's costs the same for any number of views.
+# Noised views a step. Half the steps of twice the views learn a shape as well, in less time
+# (`escd/pretrain/README.md`): a step of Muon's costs the same for any number of views.
 BATCH_SIZES = {"shape": 16, "appearance": 8}
-# The share of the views in which the other attribute is changed. Of the reference as it is a shape learns its
-# appearance.
+# Share of the views in which the other attribute is changed. From the reference as it is, a shape learns some
+# of its appearance too.
 AUGMENTATION = {"shape": 1.0, "appearance": 0.75}
 # The pseudo-word's rate. An outline needs the weights more than the word.
 WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
