@@ -36,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     backbone = escd.load_backbone("mini")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(arguments.batch, 4, 16, 16, generator=generator)
+    x = torch.randn(arguments.batch, *backbone.latent_shape, generator=generator)
     t = torch.randint(0, 1000, (arguments.batch,), generator=generator)
     prompts = ["a star shape"] * arguments.batch
     seen = Draws(x_t=x, t=t, target=x, inside=torch.ones_like(x[:, :1]), prompts=prompts)
