@@ -611,7 +611,7 @@ def prompt_obedience(
     return shares
 
 
-PATCH, COMPONENTS = 8, 16  # 64 patches of 16 numbers: the 16 x 16 x 4 latents of a 64 px picture
+PATCH = 8  # pixels, each way, that the linear code sees at once
 
 
 @torch.no_grad()
@@ -620,30 +620,32 @@ def autoencoder_scores(vae: AutoencoderKL, images: Tensor, others: Tensor) -> di
 
     `psnr` is the mean over images, in dB; `detail` the share of the energy above a quarter of the sampling
     frequency that the reconstructions still have. `pca_psnr` and `pca_detail` are those of a principal
-    component analysis of 8 x 8 patches to 16 numbers, which is the latents' rate, fitted on `others`: the
-    best linear code for its patch, and better than one of 4 x 4 patches to 4 numbers.
+    component analysis of 8 x 8 patches to as many numbers as the latents have for them (16 of `mini`), fitted
+    on `others`: the best linear code for its patch, and better than one of 4 x 4 patches to 4 numbers.
     """
+    halvings = len(vae.config.block_out_channels) - 1
+    numbers = vae.config.latent_channels * PATCH**2 // 4**halvings
     decoded = []
     for part in images.split(64):
         latents = vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode()
         decoded.append(vae.decode(latents).sample.clamp(-1, 1).float().cpu())
     scores: dict[str, float] = {"images": len(images)}
-    for prefix, made in (("", torch.cat(decoded)), ("pca_", linear_code(images, others))):
+    for prefix, made in (("", torch.cat(decoded)), ("pca_", linear_code(images, others, numbers))):
         error = (made - images).square().flatten(1).mean(1).clamp(min=1e-10)
         scores[f"{prefix}psnr"] = float((10 * torch.log10(4 / error)).mean())
         scores[f"{prefix}detail"] = float(_fine_energy(made).sum() / _fine_energy(images).sum())
     return scores
 
 
-def linear_code(images: Tensor, others: Tensor) -> Tensor:
-    """Images after the principal components of patches of `others`: PATCH**2 pixels to COMPONENTS numbers."""
+def linear_code(images: Tensor, others: Tensor, numbers: int) -> Tensor:
+    """Images after the principal components of patches of `others`: PATCH**2 pixels to so many numbers."""
 
     def patches(x: Tensor) -> Tensor:
         return F.unfold(x, PATCH, stride=PATCH).transpose(1, 2)  # (N, patches, 3 PATCH**2)
 
     known = patches(others).flatten(0, 1)
     mean = known.mean(0)
-    basis = torch.linalg.eigh(torch.cov((known - mean).T))[1][:, -COMPONENTS:]
+    basis = torch.linalg.eigh(torch.cov((known - mean).T))[1][:, -numbers:]
     coded = (patches(images) - mean) @ basis @ basis.T + mean
     return F.fold(coded.transpose(1, 2), images.shape[-2:], PATCH, stride=PATCH).clamp(-1, 1)
 

@@ -295,12 +295,12 @@ def test_a_composition_counts_where_both_are_right():
 def test_the_linear_code_is_the_best_of_its_rate():
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.rand(12, 3, 8, 8), (64, 64), mode="bicubic") * 2 - 1
-    made = study.linear_code(smooth[:4], smooth[4:])
+    made = study.linear_code(smooth[:4], smooth[4:], 16)
     assert made.shape == (4, 3, 64, 64)
     assert (made - smooth[:4]).square().mean() < 0.02 * smooth.var()
     noise = torch.rand(4, 3, 64, 64) * 2 - 1
     # 16 of 192 numbers hold a twelfth of white noise
-    kept = 1 - (study.linear_code(noise, noise) - noise).square().mean() / noise.square().mean()
+    kept = 1 - (study.linear_code(noise, noise, 16) - noise).square().mean() / noise.square().mean()
     assert 1 / 12 < kept < 0.25
 
 

@@ -1,4 +1,7 @@
-"""Stage 1 of pretraining: the autoencoder of `mini`, 64 x 64 pixels to 16 x 16 x 4 latents."""
+"""Stage 1 of pretraining: the autoencoder of `mini`, 64 x 64 pixels to 16 x 16 x 4 latents.
+
+4 is SD's number of latents at a place; `escd.pretrain.trials` measures what more would bring.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ GROUPS = 8
 CONSTANT = 4.0
 
 
-def make_autoencoder() -> AutoencoderKL:
+def make_autoencoder(latents: int = LATENT_CHANNELS) -> AutoencoderKL:
     """SD's autoencoder class with two halvings; without the mid block's attention, which costs 30 % here."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latents,
         sample_size=64,
         norm_num_groups=GROUPS,
         layers_per_block=1,
@@ -47,6 +50,7 @@ def start_linear(vae: AutoencoderKL, images: Tensor) -> None:
     that hold the group's variance. The decoder starts with each patch's mean colour, which a
     nearest-neighbour upsampler can show.
     """
+    latents = vae.config.latent_channels
     for name, module in vae.named_modules():
         if name.endswith("conv2"):
             nn.init.zeros_(module.weight)
@@ -76,9 +80,9 @@ def start_linear(vae: AutoencoderKL, images: Tensor) -> None:
         maps, data = down(maps), 4 * data
     patches = maps[:, :data].permute(0, 2, 3, 1).reshape(-1, data)  # (M, 48)
     mean = patches.mean(0)
-    _, spread, basis = torch.pca_lowrank(patches - mean, LATENT_CHANNELS, niter=8)
-    whiten = (basis / (spread / len(patches) ** 0.5)).T  # (4, 48)
-    colour = (basis * (spread / len(patches) ** 0.5)).view(3, -1, LATENT_CHANNELS).mean(1)  # (3, 4)
+    _, spread, basis = torch.pca_lowrank(patches - mean, latents, niter=8)
+    whiten = (basis / (spread / len(patches) ** 0.5)).T  # (latents, 48)
+    colour = (basis * (spread / len(patches) ** 0.5)).view(3, -1, latents).mean(1)  # (3, latents)
 
     width = encoder.conv_norm_out.num_channels
     size, pairs = width // GROUPS, data // GROUPS
@@ -94,10 +98,10 @@ def start_linear(vae: AutoencoderKL, images: Tensor) -> None:
     gain = ((2 * pairs * patches.square().mean() + (size - 2 * pairs) * CONSTANT**2) / size).sqrt()
     nn.init.zeros_(encoder.conv_out.weight)
     nn.init.zeros_(encoder.conv_out.bias)
-    encoder.conv_out.weight[:LATENT_CHANNELS, plus, 1, 1] = whiten * gain
-    encoder.conv_out.weight[:LATENT_CHANNELS, plus + 1, 1, 1] = -whiten * gain
-    encoder.conv_out.bias[:LATENT_CHANNELS] = -whiten @ mean
-    encoder.conv_out.bias[LATENT_CHANNELS:] = -7.0  # log variance
+    encoder.conv_out.weight[:latents, plus, 1, 1] = whiten * gain
+    encoder.conv_out.weight[:latents, plus + 1, 1, 1] = -whiten * gain
+    encoder.conv_out.bias[:latents] = -whiten @ mean
+    encoder.conv_out.bias[latents:] = -7.0  # log variance
     for conv in (vae.quant_conv, vae.post_quant_conv):
         only(conv, slice(0, conv.out_channels), torch.eye(conv.out_channels), 0, 0)
 
@@ -106,7 +110,7 @@ def start_linear(vae: AutoencoderKL, images: Tensor) -> None:
         decoder.conv_norm_out.num_channels // GROUPS
     )  # channels of a group at the output: a pair and two constants
     used = 3 * size
-    start = torch.zeros(used, LATENT_CHANNELS)
+    start = torch.zeros(used, latents)
     start[0::size], start[1::size] = colour, -colour
     only(decoder.conv_in, slice(0, used), start)
     offset = mean.view(3, -1).mean(1)
@@ -131,30 +135,35 @@ def start_linear(vae: AutoencoderKL, images: Tensor) -> None:
 class AutoencoderLoss(nn.Module):
     """Reconstruction (squared and absolute error, and the error of finite differences) and a little KL."""
 
-    def __init__(self) -> None:
+    def __init__(self, latents: int = LATENT_CHANNELS) -> None:
         super().__init__()
-        self.vae = make_autoencoder()
+        self.vae = make_autoencoder(latents)
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # No gradients where the encoder stays as it is.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.vae.quant_conv.weight.requires_grad):
             posterior = self.vae.encode(image).latent_dist
-        error = self.vae.decode(posterior.sample()).sample.float() - image
+        made = self.vae.decode(posterior.sample()).sample.float()
+        error = made - image
         # Differences weigh thin parts and texture, which the squared error alone blurs.
         edges = sum(error.diff(dim=d).abs().mean() for d in (-1, -2))
         squared = error.square().mean()
         kl = posterior.kl().float().mean() / image[0].numel()
         loss = error.abs().mean() + 4 * squared + 0.5 * edges + 3e-5 * kl
-        return loss, {"mse": squared, "kl": kl}
+        return loss + self.seen(made, image), {"mse": squared, "kl": kl}
+
+    def seen(self, made: Tensor, image: Tensor) -> Tensor:
+        """A perceptual term between images (N, 3, H, W): there is none (`escd.pretrain.trials` tries one)."""
+        return made.new_zeros(())
 
 
 class AutoencoderStage:
     name = "autoencoder"
     loop = LoopConfig(images=60_000, batch_size=16, learning_rate=8e-4, decay=0.7, weight_decay=0.0)
 
-    def __init__(self, device: torch.device, folder: Path) -> None:
+    def __init__(self, device: torch.device, folder: Path, latents: int = LATENT_CHANNELS) -> None:
         torch.manual_seed(11)
-        self.module = AutoencoderLoss()
+        self.module = AutoencoderLoss(latents)
         self.scaling: float | None = None  # that of the weights it goes on from
         self.heavy: list[nn.Module] = []
         self.world = World(seed=11, named_shapes=0.25, named_appearances=0.3, device=device)
@@ -190,7 +199,7 @@ class AutoencoderStage:
         save_image(both * 0.5 + 0.5, path, nrow=16)
 
     def export(self, folder: Path) -> None:
-        vae = make_autoencoder().to(self.device)
+        vae = make_autoencoder(self.module.vae.config.latent_channels).to(self.device)
         vae.load_state_dict(self.module.vae.state_dict())
         scaling = self.scaling
         if scaling is None:

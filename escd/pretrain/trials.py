@@ -1,0 +1,167 @@
+"""The recipe of `mini`, one change at a time: `python -m escd.pretrain.trials` trains and scores each.
+
+What a stage of pretraining learns from so many pictures, from nothing, with its recipe, and with one thing of
+it changed. The pictures and the first weights are the same for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from .. import records
+from ..backbone import MODELS, ImageTower
+from ..references import LISTS, load_references
+from ..study import autoencoder_scores, image_sets
+from . import loop
+from .autoencoder import LATENT_CHANNELS, AutoencoderLoss, AutoencoderStage
+from .unet import UNetStage
+
+# Of each stage the changes, and what of its loop each is (of the others see `_stage`).
+CHANGES: dict[str, dict[str, dict[str, float]]] = {
+    "autoencoder": {"none": {}, "8 latents": {}, "16 latents": {}, "perceptual term": {}},
+    "unet": {
+        "none": {},
+        "batches of 32": {"batch_size": 32},
+        "batches of 128": {"batch_size": 128},
+        "half the rate": {"learning_rate": 4e-4},
+        "twice the rate": {"learning_rate": 1.6e-3},
+        "a rate that falls in the last third": {"decay": 0.33},
+        "no average": {"ema_decay": 0.0},
+    },
+}
+PERCEPTUAL = 1.0  # its weight in the loss: about a third of the rest at the start
+
+
+@dataclass(frozen=True)
+class TrialConfig:
+    """A stage trained from nothing on so many pictures, with one thing changed."""
+
+    stage: str
+    change: str
+    images: int
+    backbone: str = "mini"
+    seed: int = 0
+
+
+class PerceptualLoss(AutoencoderLoss):
+    """With a perceptual term (Zhang et al. 2018): how far apart the image tower's tokens are, in each layer."""
+
+    def __init__(self, tower: ImageTower) -> None:
+        super().__init__()
+        self.__dict__["tower"] = tower.eval().requires_grad_(False)  # no part of this module's state
+
+    def seen(self, made: Tensor, image: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self._tokens(image)
+        found = self._tokens(made)
+        apart = [(a - b).square().sum(-1).mean() for a, b in zip(found, wanted, strict=True)]
+        return PERCEPTUAL * torch.stack(apart).mean()
+
+    def _tokens(self, images: Tensor) -> list[Tensor]:
+        """What leaves each layer of the tower: (N, tokens, width), of unit length."""
+        layers: list[Tensor] = []
+        hooks = [
+            block.register_forward_hook(lambda _, __, out: layers.append(F.normalize(out.float(), dim=-1)))
+            for block in self.tower.visual.transformer.resblocks
+        ]
+        try:
+            self.tower(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return layers
+
+
+def _stage(config: TrialConfig, device: torch.device) -> loop.Stage:
+    """The stage with its change."""
+    folder = MODELS[config.backbone].folder
+    if config.stage == "unet":
+        stage: Any = UNetStage(device, folder)
+        stage.generator.manual_seed(config.seed)
+    else:
+        number, _, what = config.change.partition(" ")
+        stage = AutoencoderStage(device, folder, int(number) if what == "latents" else LATENT_CHANNELS)
+        if config.change == "perceptual term":
+            tower = ImageTower.from_pretrained(folder / "image_tower", torch_dtype=torch.float32)
+            start = stage.module.vae.state_dict()
+            stage.module = PerceptualLoss(tower.to(device))
+            stage.module.vae.load_state_dict(start)
+    stage.name = f"trial {config.stage} {config.change} {config.images} {config.seed}"
+    stage.loop = replace(stage.loop, seed=config.seed, **CHANGES[config.stage][config.change])
+    return stage
+
+
+def score(config: TrialConfig) -> dict[str, Any]:
+    """Train and score; "scores" hold what the training said of itself along the way.
+
+    Of the autoencoder also `escd.study.autoencoder_scores` of each set of pictures. A killed training goes on
+    where it was; the state of one that was scored is thrown away.
+    """
+    name = f"{config.stage} {config.change} {config.images}".replace(" ", "-")
+    scratch = records.ROOT / "runs" / "trials" / name
+    scratch.mkdir(parents=True, exist_ok=True)
+    trained = loop.train(lambda device: _stage(config, device), weights=scratch, images=config.images)
+    metrics = {name: trained[name] for name in ("config", "scores", "environment")}
+    metrics["trained_seconds"] = trained["seconds"]
+    if config.stage == "autoencoder":
+        vae = AutoencoderKL.from_pretrained(scratch / "vae", torch_dtype=torch.float32).eval()
+        metrics["latents"] = vae.config.latent_channels
+        metrics |= {name: autoencoder_scores(vae, *pictures) for name, pictures in image_sets().items()}
+    shutil.rmtree(loop.RUNS / trained["stage"])
+    return metrics
+
+
+def inputs(config: TrialConfig) -> dict[str, str]:
+    """sha256 of what a trial's numbers come from, but for the world."""
+    folder = MODELS[config.backbone].folder
+    if config.stage == "unet":
+        return {name: records.sha256(folder / name) for name in ("vae", "text_encoder", "image_tower")}
+    found = {f"references {name}": load_references(which=name).sha256 for name in LISTS}
+    if config.change == "perceptual term":
+        found["image_tower"] = records.sha256(folder / "image_tower")
+    return found
+
+
+@cache
+def results(stage: str) -> list[records.Record]:
+    """The records of a stage's trials: by number of pictures, then in the order of CHANGES."""
+    order = list(CHANGES[stage])
+    found = [(r, r.config) for r in records.all(TrialConfig) if r.config["stage"] == stage]
+    found.sort(key=lambda pair: (pair[1]["images"], order.index(pair[1]["change"]), pair[1]["seed"]))
+    return [record for record, _ in found]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train and score every change that has no record yet (start it twice, with other changes, side by side)."""
+    parser = argparse.ArgumentParser(prog="python -m escd.pretrain.trials", description=main.__doc__)
+    parser.add_argument("stage", choices=tuple(CHANGES))
+    parser.add_argument("--changes", nargs="+", metavar="CHANGE", help="default: all, and none")
+    parser.add_argument("--images", type=int, required=True, help="pictures a trial")
+    parser.add_argument("--seed", type=int, default=0, help="of noise, time steps and the pictures' order")
+    parser.add_argument("--records", type=Path, help="folder of the records (default: figures/records)")
+    arguments = parser.parse_args(argv)
+    changes = arguments.changes or tuple(CHANGES[arguments.stage])
+    if unknown := [change for change in changes if change not in CHANGES[arguments.stage]]:
+        known = ", ".join(map(repr, CHANGES[arguments.stage]))
+        parser.error(f"unknown change {unknown[0]!r}; known: {known}")
+    if arguments.images < 1:
+        parser.error("--images must be positive")
+    for change in changes:
+        config = TrialConfig(arguments.stage, change, arguments.images, seed=arguments.seed)
+        record = records.get(config, score, inputs=inputs(config), folder=arguments.records)
+        print(f"{change}: {record.metrics['scores'][-1]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
