@@ -24,7 +24,13 @@ from escd.numbers import STAGES
 from escd.pretrain import loop
 from escd.pretrain.__main__ import STAGES as TRAINED
 from escd.pretrain.__main__ import WEIGHTS, main
-from escd.pretrain.autoencoder import AutoencoderLoss, AutoencoderStage, start_linear
+from escd.pretrain.autoencoder import (
+    MOST_LATENTS,
+    AutoencoderLoss,
+    AutoencoderStage,
+    make_autoencoder,
+    start_linear,
+)
 from escd.pretrain.loop import LoopConfig, psnr, train
 from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
 from escd.pretrain.unet import (
@@ -210,6 +216,23 @@ def test_a_step_shows_a_filter_what_the_picture_shares_and_nothing_of_the_pictur
     assert text.shape[0] == 32 and text.requires_grad
 
 
+def test_the_unet_has_as_many_latents_as_the_autoencoder_beside_it(tmp_path):
+    for name in ("text_encoder", "tokenizer", "image_tower"):
+        (tmp_path / name).symlink_to(WEIGHTS / name)
+    make_autoencoder(6).save_pretrained(tmp_path / "vae")
+    stage = UNetStage(torch.device("cpu"), tmp_path)
+    step = stage.batch(0, 16)
+    assert step.x_0.shape == (16, 6, 16, 16)
+    loss, _ = stage.module(step)
+    loss.backward()
+    assert all(p.grad is not None for p in stage.module.unet.parameters())
+    stage.export(tmp_path)
+    unet = json.loads((tmp_path / "unet/config.json").read_text())
+    assert unet["in_channels"] == unet["out_channels"] == 6
+    with torch.no_grad():
+        assert stage.sample(stage.backbone.encode_prompt(["a star"])).shape == (1, 3, 64, 64)
+
+
 def test_workers_paint_ahead_what_the_stage_would_paint_itself():
     stage = UNetStage(torch.device("cpu"), WEIGHTS)
     stage.workers = 2
@@ -289,17 +312,19 @@ def test_noise_levels_are_normal_in_the_logarithm_and_reach_pure_noise():
     assert middle.float().mean() == pytest.approx(0.9 * 0.683 + 0.1 * 0.5, abs=0.05)
 
 
-def test_the_linear_start_reconstructs_before_any_training():
+@pytest.mark.parametrize("latents", [4, 16, MOST_LATENTS])
+def test_the_linear_start_reconstructs_before_any_training(latents):
     torch.manual_seed(0)
-    vae = AutoencoderLoss().vae
+    vae = AutoencoderLoss(latents).vae
     images = World(seed=21).batch(range(96)).image
     with torch.no_grad():
         random = psnr(vae(images[:32]).sample, images[:32]).mean()
         start_linear(vae, images)
-        latents = vae.encode(images).latent_dist
+        code = vae.encode(images).latent_dist
         linear = psnr(vae(images[:32]).sample, images[:32]).mean()
     assert linear > 20 and linear > random + 8
-    assert latents.mean.std() == pytest.approx(1.0, abs=0.15), "the latents start whitened"
+    assert code.mean.std() == pytest.approx(1.0, abs=0.15), "the latents start whitened"
+    assert code.mean.shape[1] == latents
 
 
 class Toy:
@@ -401,7 +426,16 @@ def test_a_training_goes_on_from_exported_weights(tmp_path, monkeypatch):
     assert (tmp_path / "third" / "toy" / "checkpoints" / "00000424" / "toy.json").is_file()
 
 
-@pytest.mark.parametrize("arguments", [["oven"], ["unet", "--images", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["oven"],
+        ["unet", "--images", "0"],
+        ["autoencoder", "--latents", "0", "--weights", "here"],
+        ["autoencoder", "--latents", "16"],
+        ["--latents", "16", "--weights", "here", "--further"],
+    ],
+)
 def test_the_command_line_refuses_nonsense(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .autoencoder import AutoencoderStage
+from .autoencoder import LATENT_CHANNELS, MOST_LATENTS, AutoencoderStage
 from .filters import FilterStage, images_to_learn_from
 from .loop import Stage, train
 from .towers import TowerStage
@@ -53,6 +53,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--further", action="store_true", help="start from the exported weights instead of from random ones"
     )
+    parser.add_argument(
+        "--latents",
+        type=int,
+        default=LATENT_CHANNELS,
+        metavar="N",
+        help=f"numbers at each place of the autoencoder's latents (default: SD's {LATENT_CHANNELS}); the "
+        "UNet takes as many as the autoencoder beside it has",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads of this process")
     arguments = parser.parse_args(argv)
     own = arguments.stages == [FilterStage.name]
@@ -77,12 +85,20 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"--further is not for {', '.join(fixed)}: what was trained on it would have to begin anew"
         )
+    if not 1 <= arguments.latents <= MOST_LATENTS:
+        parser.error(f"--latents must lie between 1 and {MOST_LATENTS}")
+    if arguments.latents != LATENT_CHANNELS and (arguments.weights is None or arguments.further):
+        parser.error(
+            f"what ships has {LATENT_CHANNELS} latents at a place: train another number from nothing, into a "
+            "folder of your own (--weights)"
+        )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     weights = arguments.weights or (FILTERS / Path(arguments.backbone).name if own else WEIGHTS)
     makers: dict[str, Callable[[torch.device], Stage]] = {
         name: lambda device, stage=stage: stage(device, weights) for name, stage in STAGES.items()
     }
+    makers[AutoencoderStage.name] = lambda device: AutoencoderStage(device, weights, arguments.latents)
     makers[FilterStage.name] = lambda device: FilterStage(device, arguments.backbone, arguments.data)
     try:
         if own:

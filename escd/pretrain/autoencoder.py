@@ -16,6 +16,7 @@ from ..world import World
 from .loop import LoopConfig, psnr
 
 LATENT_CHANNELS = 4
+MOST_LATENTS = 48  # as many as a 4 x 4 patch has numbers
 GROUPS = 8
 # The constant that stands beside the data in a normalisation group of the linear start: large against pixels
 # in [-1, 1], so that the group's variance, and with it the gain, hardly depends on the picture.

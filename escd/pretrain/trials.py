@@ -55,7 +55,7 @@ class TrialConfig:
 
 
 class PerceptualLoss(AutoencoderLoss):
-    """With a perceptual term (Zhang et al. 2018): how far apart the image tower's tokens are, in each layer."""
+    """With a perceptual term (Zhang et al. 2018): the image tower's tokens, layer by layer, compared."""
 
     def __init__(self, tower: ImageTower) -> None:
         super().__init__()
@@ -98,8 +98,13 @@ def _stage(config: TrialConfig, device: torch.device) -> loop.Stage:
             stage.module = PerceptualLoss(tower.to(device))
             stage.module.vae.load_state_dict(start)
     stage.name = f"trial {config.stage} {config.change} {config.images} {config.seed}"
-    stage.loop = replace(stage.loop, seed=config.seed, **CHANGES[config.stage][config.change])
+    stage.loop = loop_of(config, stage.loop)
     return stage
+
+
+def loop_of(config: TrialConfig, recipe: loop.LoopConfig) -> loop.LoopConfig:
+    """The recipe's loop with what the trial changes of it."""
+    return replace(recipe, seed=config.seed, **CHANGES[config.stage][config.change])
 
 
 def score(config: TrialConfig) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def results(stage: str) -> list[records.Record]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train and score every change that has no record yet (start it twice, with other changes, side by side)."""
+    """Train and score every change that has no record yet (side by side: start it twice, each with some)."""
     parser = argparse.ArgumentParser(prog="python -m escd.pretrain.trials", description=main.__doc__)
     parser.add_argument("stage", choices=tuple(CHANGES))
     parser.add_argument("--changes", nargs="+", metavar="CHANGE", help="default: all, and none")

@@ -30,6 +30,7 @@ from ..encoder import extract_features
 from ..fusion import AttributeFilter
 from ..measure import canonical
 from ..world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Batch, World, captions_of, draw_caption
+from .autoencoder import LATENT_CHANNELS
 from .loop import LoopConfig
 from .towers import WIDTH, load_text_tower
 
@@ -60,12 +61,12 @@ NOISE_MEAN = -0.4
 NOISIER = 0.8
 
 
-def make_unet() -> UNet2DConditionModel:
+def make_unet(latents: int = LATENT_CHANNELS) -> UNet2DConditionModel:
     """SD 1.5's class scaled down: three resolutions (16, 8, 4), cross-attention in every block."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=4,
-        out_channels=4,
+        in_channels=latents,
+        out_channels=latents,
         layers_per_block=1,
         block_out_channels=(64, 128, 160),
         down_block_types=("CrossAttnDownBlock2D",) * 3,
@@ -173,8 +174,10 @@ class DiffusionLoss(FiltersInTraining):
 
     telling = 1.0  # weight of what the pseudo-words must tell
 
-    def __init__(self, backbone: Callable[[UNet2DConditionModel], Backbone]) -> None:
-        unet = make_unet()
+    def __init__(
+        self, backbone: Callable[[UNet2DConditionModel], Backbone], latents: int = LATENT_CHANNELS
+    ) -> None:
+        unet = make_unet(latents)
         super().__init__(backbone(unet))
         self.unet, self.scheduler = unet, make_scheduler()
         for attribute in ATTRIBUTES.values():
@@ -312,7 +315,8 @@ class UNetStage:
     def __init__(self, device: torch.device, folder: Path) -> None:
         self.device = device
         torch.manual_seed(13)
-        self.module = DiffusionLoss(lambda unet: self._frozen(folder, unet))
+        channels = AutoencoderKL.load_config(folder / "vae")["latent_channels"]
+        self.module = DiffusionLoss(lambda unet: self._frozen(folder, unet), channels)
         self.backbone = self.module.backbone
         # A graph of kernels gains nothing by being compiled.
         _, several = _rank()
@@ -324,7 +328,7 @@ class UNetStage:
         self.reuse = REUSE[device.type]
         self.generator = torch.Generator().manual_seed(13)
         # The ring of pictures: what of them is used again, row by row.
-        self.latents = torch.empty(BANK, 4, 16, 16, device=device)
+        self.latents = torch.empty(BANK, *self.backbone.latent_shape, device=device)
         self.outlines = torch.empty(BANK, OUTLINE**2, device=device)
         self.materials = torch.empty(BANK, MATERIAL, device=device)
         self.features = torch.empty(0)
@@ -478,7 +482,8 @@ class UNetStage:
         """
         scheduler = make_scheduler()
         scheduler.set_timesteps(15)
-        x = torch.randn(len(text), 4, 16, 16, generator=torch.Generator().manual_seed(0)).to(self.device)
+        noise = torch.Generator().manual_seed(0)
+        x = torch.randn(len(text), *self.backbone.latent_shape, generator=noise).to(self.device)
         text = torch.cat([text, self.backbone.encode_prompt([""]).expand(len(text), -1, -1)])
         for t in scheduler.timesteps:
             conditional, unconditional = self.module.unet.forward(torch.cat([x, x]), t, text).sample.chunk(2)
@@ -510,7 +515,7 @@ class UNetStage:
         save_image(torch.cat(images) * 0.5 + 0.5, path, nrow=12)
 
     def export(self, folder: Path) -> None:
-        unet = make_unet()
+        unet = make_unet(self.module.unet.config.in_channels)
         unet.load_state_dict(self.module.unet.state_dict())
         unet.half().save_pretrained(folder / "unet")
         make_scheduler().save_pretrained(folder / "scheduler")

@@ -1,0 +1,95 @@
+"""Trials of the recipe: each changes what it says, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from escd import records
+from escd.pretrain import loop, trials
+from escd.pretrain.autoencoder import AutoencoderLoss, AutoencoderStage
+from escd.pretrain.trials import CHANGES, TrialConfig, loop_of, main
+from escd.pretrain.unet import UNetStage
+from escd.study import autoencoder_scores
+from escd.world import World
+
+CPU = torch.device("cpu")
+
+
+def stage_of(stage: str, change: str) -> loop.Stage:
+    return trials._stage(TrialConfig(stage, change, 1), CPU)
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return World(seed=3).batch(range(8)).image
+
+
+@pytest.fixture(scope="module")
+def perceptual() -> trials.PerceptualLoss:
+    return stage_of("autoencoder", "perceptual term").module
+
+
+@pytest.mark.parametrize("stage", [AutoencoderStage, UNetStage])
+def test_a_trial_changes_one_thing(stage):
+    recipe = asdict(stage.loop)
+    for change, wanted in CHANGES[stage.name].items():
+        changed = asdict(loop_of(TrialConfig(stage.name, change, 1), stage.loop))
+        differ = {k: changed[k] for k in recipe if recipe[k] != changed[k]}
+        assert differ == wanted and len(wanted) <= 1, change
+
+
+def test_trials_begin_with_the_same_weights(perceptual):
+    recipe, term = stage_of("autoencoder", "none").module.vae.state_dict(), perceptual.vae.state_dict()
+    assert all(torch.equal(recipe[name], term[name]) for name in recipe)
+
+
+def test_the_perceptual_term_asks_for_the_same_tokens(perceptual, images):
+    module = perceptual
+    assert not [name for name, _ in module.named_parameters() if "tower" in name]
+    assert module.seen(images, images) == 0
+    near, far = (images + spread * torch.randn_like(images) for spread in (0.05, 0.5))
+    near.requires_grad_(True)
+    term = module.seen(near, images)
+    term.backward()
+    assert 0 < term < module.seen(far, images) and near.grad.abs().sum() > 0
+    plain = AutoencoderLoss()
+    plain.vae = module.vae
+    losses = []
+    for loss in (module, plain):
+        torch.manual_seed(0)
+        losses.append(float(loss(images)[0].detach()))
+    assert losses[0] > losses[1] + 0.01, "the term is part of the loss"
+
+
+def test_an_autoencoder_of_more_latents_is_trained_and_scored(tmp_path, monkeypatch, images):
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(trials.records, "ROOT", tmp_path)
+    monkeypatch.setattr(trials, "image_sets", lambda: {"tiles": (images, images)})
+    metrics = trials.score(TrialConfig("autoencoder", "16 latents", 32))
+    assert metrics["latents"] == 16 and metrics["scores"][-1]["images"] == 32
+    # as many numbers for the linear code: four times those of the recipe
+    recipe = autoencoder_scores(AutoencoderLoss().vae, images, images)["pca_psnr"]
+    assert metrics["tiles"]["images"] == 8 and metrics["tiles"]["pca_psnr"] > recipe + 3
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["trials"], "no state another could go on from"
+
+
+def test_the_command_runs_what_has_no_record(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(trials, "score", lambda config: asked.append(config.change) or {"scores": [{}]})
+    for _ in range(2):
+        main(["unet", "--images", "8", "--records", str(tmp_path)])
+    assert asked == list(CHANGES["unet"])
+    main(["unet", "--images", "8", "--seed", "1", "--changes", "none", "--records", str(tmp_path)])
+    assert asked[-1] == "none" and len(asked) == len(CHANGES["unet"]) + 1
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    trials.results.cache_clear()
+    found = [(r.config["change"], r.config["seed"]) for r in trials.results("unet")]
+    trials.results.cache_clear()
+    assert found[:3] == [("none", 0), ("none", 1), (list(CHANGES["unet"])[1], 0)]
+    for wrong in (["unet", "--images", "8", "--changes", "magic"], ["unet", "--images", "0"], ["words"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+    assert "known: 'none'" in capsys.readouterr().err
