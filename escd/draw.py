@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from PIL import Image
 from tqdm.auto import tqdm
@@ -61,13 +62,16 @@ from escd.numbers import (
     write_numbers,
 )
 from escd.pipeline import ESCDPipeline
+from escd.pretrain import trials
 from escd.records import Record
 from escd.references import load_references
+from escd.study import IMAGE_SETS
 from escd.tuning import TuningConfig
 from escd.world import SHAPES, World
 
 FIGURES = records.FOLDER.parent
 HALVES = ("encoder", "decoder")
+SET_COLOURS = (INK, MUTED, APPEARANCE)  # of study.IMAGE_SETS
 
 STEMS: dict[str, Stem] = {}
 
@@ -534,7 +538,7 @@ def training_scores() -> Drawing:
         axes.plot(_millions(tuned), retrieved, "o-", color=colour, label=wanted)
         axes.plot(_millions(tuned), leaked, "o--", color=MUTED, label="other attribute")
         axes.set(title=f"{name}: retrieved, %")
-    for name, colour in (("world", INK), ("photographs", MUTED), ("tiles", APPEARANCE)):
+    for name, colour in zip(IMAGE_SETS, SET_COLOURS, strict=True):
         values = [r.metrics[name]["psnr"] for r in reconstructed]
         psnr.plot(_millions(reconstructed), values, "o-", color=colour, label=name)
     psnr.set(title="autoencoder, dB", ylim=(None, max(psnr.get_ylim()[1], 36)))  # room for the legend
@@ -546,6 +550,29 @@ def training_scores() -> Drawing:
         axes.set(xlabel="million images")
         _hours_above(axes, shown)
     return drawing.made_from([*found, *reconstructed])
+
+
+@figure("04_training")
+def autoencoder_rate() -> Drawing:
+    """What more latents at each place bring: the autoencoder trained with so many, and a linear code."""
+    found = trials.by_latents()
+    drawing = Drawing(COLUMN, 1.75, layout="constrained")
+    latents = list(found)
+    for axes, score, title, scale in zip(
+        drawing.subplots(1, 2), ("psnr", "detail"), ("PSNR, dB", "fine energy kept, %"), (1, 100), strict=True
+    ):
+        for name, colour in zip(IMAGE_SETS, SET_COLOURS, strict=True):
+            for code, line in (("", "o-"), ("pca_", "o--")):
+                values = [scale * found[n].metrics[name][code + score] for n in latents]
+                axes.plot(latents, values, line, color=colour, mfc="white" if code else colour, label=name)
+        axes.set(title=title, xlabel="latents at a place", xscale="log")
+        axes.set_xticks(latents, [str(n) for n in latents])
+        axes.minorticks_off()
+        axes.grid(True, axis="y")
+    handles = drawing.axes[0].get_lines()
+    linear = Line2D([], [], color=INK, ls="--", marker="o", mfc="white", label="linear code")
+    drawing.axes[1].legend(handles=[*handles[::2], linear], loc="lower right")
+    return drawing.made_from(list(found.values()))
 
 
 def _millions(found: Sequence[Record]) -> list[float]:

@@ -28,11 +28,12 @@ from .cost import relative
 from .customization import ATTRIBUTES, Customization
 from .judges import HEADS
 from .measure import Interval, paired_bootstrap
-from .pretrain import ablation
+from .pretrain import ablation, trials
 from .records import Record
 from .references import Reference, load_references
 from .study import (
     ALIKE,
+    IMAGE_SETS,
     AutoencoderConfig,
     CompositionConfig,
     RankConfig,
@@ -495,6 +496,13 @@ def numbers() -> dict[str, str]:
         values["size.gb"] = f"{max(record.metrics['peak_gb'].values()):.0f}"
     for name, row in step_costs().items():
         values |= {f"step.{STEPS_OF[name]}.{key}": f"{ratio:.2f}" for key, ratio in row.items()}
+    for latents, record in trials.by_latents().items():
+        values["rate.images"] = f"{record.config['images']:,}"
+        for name in IMAGE_SETS:
+            scores, key = record.metrics[name], f"rate.{latents}.{name}"
+            for of, code in (("", ""), ("linear_", "pca_")):
+                values[f"{key}.{of}psnr"] = f"{scores[f'{code}psnr']:.1f}"
+                values[f"{key}.{of}detail"] = _percent(scores[f"{code}detail"])
     values["filters.weights"] = ablation.weights_in_words()
     for arm, row in ablation.rows().items():
         values |= {f"filters.{arm.replace(' ', '_')}.{name}": text for name, text in row.items()}
@@ -661,7 +669,7 @@ def _filters_in_words() -> list[str]:
 def _summary(values: Mapping[str, str]) -> str:
     """The README's block."""
     v = values
-    sets = ("world", "photographs", "tiles")
+    sets = IMAGE_SETS
     lines = [
         f"`mini` has {v['backbone.parameters_m']} M parameters in {v['backbone.mb']} MB; its UNet has seen "
         f"{v['backbone.images_seen']} rendered images.",

@@ -154,8 +154,7 @@ class ObedienceConfig:
 class AutoencoderConfig:
     """Reconstruction of pictures the autoencoder never saw, beside a linear code of the same rate."""
 
-    # "world", "photographs" or "tiles".
-    images: str
+    images: str  # of IMAGE_SETS
     backbone: str = "mini"
 
 
@@ -658,6 +657,7 @@ def _fine_energy(images: Tensor) -> Tensor:
     return (spectrum * fine).sum((1, 2, 3))
 
 
+IMAGE_SETS = ("world", "photographs", "tiles")
 # Photographs inside scikit-image; the others fit the linear code.
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 OTHER_PHOTOGRAPHS = ("motorcycle_left.png", "motorcycle_right.png")
@@ -779,8 +779,7 @@ def share(grid: Sequence[Any], worker: int, workers: int) -> list[Any]:
 
 def backbone_configs(backbone: str = "mini") -> list[Any]:
     """What is measured of a backbone by itself."""
-    sets = ("world", "photographs", "tiles")
-    autoencoder = [AutoencoderConfig(name, backbone) for name in sets]
+    autoencoder = [AutoencoderConfig(name, backbone) for name in IMAGE_SETS]
     return [*autoencoder, JudgesConfig(backbone=backbone), ObedienceConfig(backbone=backbone)]
 
 

@@ -12,7 +12,7 @@ from escd.pretrain import loop, trials
 from escd.pretrain.autoencoder import AutoencoderLoss, AutoencoderStage
 from escd.pretrain.trials import CHANGES, TrialConfig, loop_of, main
 from escd.pretrain.unet import UNetStage
-from escd.study import autoencoder_scores
+from escd.study import IMAGE_SETS, autoencoder_scores
 from escd.world import World
 
 CPU = torch.device("cpu")
@@ -93,3 +93,51 @@ def test_the_command_runs_what_has_no_record(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             main(wrong)
     assert "known: 'none'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Trials of the autoencoder and of the UNet, with made-up scores."""
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    trials.results.cache_clear()
+    for change, latents, images in (
+        ("16 latents", 16, 80), ("none", 4, 80), ("none", 4, 40), ("perceptual term", 4, 80),
+    ):  # fmt: skip
+        scores = {"psnr": 30.04, "detail": 0.501, "pca_psnr": 20.0 + latents, "pca_detail": latents / 100}
+        metrics = {"latents": latents, "scores": [{}]} | dict.fromkeys(IMAGE_SETS, scores)
+        records.get(TrialConfig("autoencoder", change, images), lambda config, metrics=metrics: metrics)
+    for seed, mse in ((1, 0.2), (0, 0.21044)):
+        last = {"mse": mse, "mse_noisy": 0.3, "shape": 0.19, "appearance": 0.18}
+        records.get(
+            TrialConfig("unet", "none", 8, seed=seed), lambda c, last=last: {"scores": [{"mse": 1}, last]}
+        )
+    yield tmp_path
+    trials.results.cache_clear()
+
+
+def test_the_rates_are_compared_at_the_same_number_of_pictures(recorded):
+    found = trials.by_latents()
+    assert list(found) == [4, 16]
+    assert {r.config["images"] for r in found.values()} == {80}
+    assert found[4].config["change"] == "none"
+
+
+def test_the_tables_have_a_row_for_each_trial(recorded):
+    heads, _, *rows = trials.table("autoencoder").splitlines()
+    assert heads.count("linear code") == len(IMAGE_SETS)
+    assert [row.split("|")[1:3] for row in rows] == [
+        [" none ", " 40 "], [" none ", " 80 "], [" 16 latents ", " 80 "], [" perceptual term ", " 80 "],
+    ]  # fmt: skip
+    assert rows[2].endswith("| 30.0 dB, 50 % | 36.0 dB, 16 % |")
+    _, _, *rows = trials.table("unet").splitlines()
+    assert rows == [
+        "| none | 8 | 210.4 | 300.0 | 190.0 | 180.0 |",
+        "| none, seed 1 | 8 | 200.0 | 300.0 | 190.0 | 180.0 |",
+    ]
+
+
+def test_without_records_there_is_no_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "FOLDER", tmp_path)
+    trials.results.cache_clear()
+    assert trials.table("unet") == trials.table("autoencoder") == "" and trials.by_latents() == {}
+    trials.results.cache_clear()

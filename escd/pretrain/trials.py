@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import records
 from ..backbone import MODELS, ImageTower
 from ..references import LISTS, load_references
-from ..study import autoencoder_scores, image_sets
+from ..study import IMAGE_SETS, autoencoder_scores, image_sets
 from . import loop
 from .autoencoder import LATENT_CHANNELS, AutoencoderLoss, AutoencoderStage
 from .unet import UNetStage
@@ -145,6 +145,46 @@ def results(stage: str) -> list[records.Record]:
     found = [(r, r.config) for r in records.all(TrialConfig) if r.config["stage"] == stage]
     found.sort(key=lambda pair: (pair[1]["images"], order.index(pair[1]["change"]), pair[1]["seed"]))
     return [record for record, _ in found]
+
+
+def by_latents() -> dict[int, records.Record]:
+    """Trials of the autoencoder by its number of latents at a place, all with as many pictures."""
+    same = ("none", *(change for change in CHANGES["autoencoder"] if change.endswith(" latents")))
+    found = [r for r in results("autoencoder") if r.config["change"] in same]
+    most = max((r.config["images"] for r in found), default=0)
+    return {r.metrics["latents"]: r for r in found if r.config["images"] == most}
+
+
+def table(stage: str) -> str:
+    """A stage's trials in Markdown, a row each; empty where there are none.
+
+    Of the autoencoder the PSNR and the share of fine energy kept on each set of pictures, and those of the
+    linear code of its rate; of the UNet its held-out errors (`UNetStage.evaluate`), in thousandths.
+    """
+    found = results(stage)
+    if stage == "unet":
+        scores = ("mse", "mse_noisy", "shape", "appearance")
+        heads = ("plain captions", "their noisier half", "`*m`", "`*a`")
+        rows = [(r, [f"{1000 * r.metrics['scores'][-1][k]:.1f}" for k in scores]) for r in found]
+    else:
+        heads = tuple(h for name in IMAGE_SETS for h in (name, "linear code"))
+        rows = [
+            (
+                r,
+                [
+                    f"{r.metrics[name][f'{code}psnr']:.1f} dB, {100 * r.metrics[name][f'{code}detail']:.0f} %"
+                    for name in IMAGE_SETS
+                    for code in ("", "pca_")
+                ],
+            )
+            for r in found
+        ]
+    lines = [" | ".join(["| changed | images", *heads]) + " |", "|---|--:|" + "--:|" * len(heads)]
+    for record, cells in rows:
+        seed = f", seed {record.seed}" if record.seed else ""
+        start = [f"| {record.config['change']}{seed}", f"{record.config['images']:,}"]
+        lines.append(" | ".join([*start, *cells]) + " |")
+    return "\n".join(lines) if found else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
