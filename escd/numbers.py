@@ -68,6 +68,7 @@ PLACES = {
 }
 WANTED = {"shape": "silhouette", "appearance": "material"}  # the retrieval that is an attribute's transfer
 REPEATS, REPEAT_SECONDS = 2, 60.0
+LEAKAGE_PLACES = 3  # there is so little of it that two decimals would hide on which side of none it lies
 
 
 class FreshStudy(Study):
@@ -178,7 +179,7 @@ def results_table(which: str = "evaluation") -> str:
         for arm, row in _arms(found, mode):
             cells = [_decimals(row.transfer.get(wanted.lower())), _share(row.transfer["retrieval"])]
             cells += [_share(row.obeyed[name]) for name in asked]
-            cells.append(_interval(row.leakage))
+            cells.append(_interval(row.leakage, LEAKAGE_PLACES))
             lines.append(f"| {ARMS[arm]} | " + " | ".join(cells) + " |")
         lines.append("")
     if "composition" in found.rows:
@@ -395,14 +396,16 @@ def _share(value: float | None) -> str:
     return "--" if value is None else f"{100 * value:.0f} %"
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-0.00", "+0.00")
+def _signed(value: float, places: int = 2) -> str:
+    text = f"{value:+.{places}f}"
+    return text if float(text) else text.replace("-", "+")  # no minus nought
 
 
-def _interval(leakage: Interval | None) -> str:
-    if leakage is None:
+def _interval(found: Interval | None, places: int = 2) -> str:
+    if found is None:
         return "--"
-    return f"{_signed(leakage.mean)} [{_signed(leakage.low)}, {_signed(leakage.high)}]"
+    mean, low, high = (_signed(value, places) for value in (found.mean, found.low, found.high))
+    return f"{mean} [{low}, {high}]"
 
 
 # --------------------------------------------------------------------------------
@@ -470,7 +473,8 @@ def numbers() -> dict[str, str]:
                 gains |= {f"{key}.{what.lower()}": gain for what, gain in one.beyond.items()}
     for key, gain in gains.items():
         ends = {"": gain.mean, "_low": gain.low, "_high": gain.high}
-        values |= {f"{key}.gain{end}": _signed(value) for end, value in ends.items()}
+        places = LEAKAGE_PLACES if key.endswith(".leakage") else 2
+        values |= {f"{key}.gain{end}": _signed(value, places) for end, value in ends.items()}
     one = next(record for record in found.used if record.kind == "study")
     values |= {
         "study.references": str(found.references),
@@ -567,7 +571,7 @@ def _row_numbers(mode: str, row: Row) -> dict[str, str]:
     texts |= {key.replace("colours", "colour"): _percent(value) for key, value in row.obeyed.items()}
     if row.leakage is not None:
         ends = {"": row.leakage.mean, "_low": row.leakage.low, "_high": row.leakage.high}
-        texts |= {f"leakage{end}": _signed(value) for end, value in ends.items()}
+        texts |= {f"leakage{end}": _signed(value, LEAKAGE_PLACES) for end, value in ends.items()}
     return texts
 
 

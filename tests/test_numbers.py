@@ -172,7 +172,7 @@ def test_the_table_has_every_arm_and_the_intervals(stored):
         assert len(re.findall(rf"^\| {re.escape(arm)} \|", text, re.M)) >= 2
     row = numbers.results().rows["shape"]["encoder"]
     assert f"{100 * row.transfer['retrieval']:.0f} %" in text
-    assert f"[{row.leakage.low:+.2f}, {row.leakage.high:+.2f}]".replace("-0.00", "+0.00") in text
+    assert f"[{row.leakage.low:+.3f}, {row.leakage.high:+.3f}]".replace("-0.000", "+0.000") in text
 
 
 def test_what_is_left_at_a_rank(stored):
