@@ -40,6 +40,7 @@ CHANGES: dict[str, dict[str, dict[str, float]]] = {
         "no average": {"ema_decay": 0.0},
     },
 }
+EVALUATIONS = {"autoencoder": 6, "unet": 2}  # along the way; one of the UNet's costs as much as 1500 pictures
 PERCEPTUAL = 1.0  # its weight in the loss: about a third of the rest at the start
 
 
@@ -116,7 +117,12 @@ def score(config: TrialConfig) -> dict[str, Any]:
     name = f"{config.stage} {config.change} {config.images}".replace(" ", "-")
     scratch = records.ROOT / "runs" / "trials" / name
     scratch.mkdir(parents=True, exist_ok=True)
-    trained = loop.train(lambda device: _stage(config, device), weights=scratch, images=config.images)
+    trained = loop.train(
+        lambda device: _stage(config, device),
+        weights=scratch,
+        images=config.images,
+        evaluations=EVALUATIONS[config.stage],
+    )
     metrics = {name: trained[name] for name in ("config", "scores", "environment")}
     metrics["trained_seconds"] = trained["seconds"]
     if config.stage == "autoencoder":
