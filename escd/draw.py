@@ -556,7 +556,7 @@ def training_scores() -> Drawing:
 def autoencoder_rate() -> Drawing:
     """What more latents at each place bring: the autoencoder trained with so many, and a linear code."""
     found = trials.by_latents()
-    drawing = Drawing(COLUMN, 1.75, layout="constrained")
+    drawing = Drawing(COLUMN, 2.0, layout="constrained")
     latents = list(found)
     for axes, score, title, scale in zip(
         drawing.subplots(1, 2), ("psnr", "detail"), ("PSNR, dB", "fine energy kept, %"), (1, 100), strict=True
@@ -571,7 +571,7 @@ def autoencoder_rate() -> Drawing:
         axes.grid(True, axis="y")
     handles = drawing.axes[0].get_lines()
     linear = Line2D([], [], color=INK, ls="--", marker="o", mfc="white", label="linear code")
-    drawing.axes[1].legend(handles=[*handles[::2], linear], loc="lower right")
+    drawing.legend(handles=[*handles[::2], linear], loc="outside lower center", ncols=4)
     return drawing.made_from(list(found.values()))
 
 

@@ -29,6 +29,7 @@ from .customization import ATTRIBUTES, Customization
 from .judges import HEADS
 from .measure import Interval, paired_bootstrap
 from .pretrain import ablation, trials
+from .pretrain.autoencoder import LATENT_CHANNELS
 from .records import Record
 from .references import Reference, load_references
 from .study import (
@@ -670,6 +671,25 @@ def _filters_in_words() -> list[str]:
     ]
 
 
+def _rates_in_words(values: Mapping[str, str]) -> list[str]:
+    """What more latents at a place would bring; nothing where there is no record of it."""
+    latents = [str(number) for number in trials.by_latents()]
+    if not latents:
+        return []
+
+    def each(score: str) -> str:
+        of_each = [values[f"rate.{number}.tiles.{score}"] for number in latents]
+        return f"{', '.join(of_each[:-1])} and {of_each[-1]}"
+
+    return [
+        f"Trained alike on {values['rate.images']} images, autoencoders with {', '.join(latents[:-1])} and "
+        f"{latents[-1]} latents at a place have {each('psnr')} dB on the tiles and keep {each('detail')} % "
+        "of their high-frequency energy ([figure](figures/autoencoder_rate.png)); "
+        f"`mini` has {LATENT_CHANNELS}, as Stable Diffusion has.",
+        "",
+    ]
+
+
 def _summary(values: Mapping[str, str]) -> str:
     """The README's block."""
     v = values
@@ -688,6 +708,7 @@ def _summary(values: Mapping[str, str]) -> str:
         + " | ".join(f"{v[f'autoencoder.{n}.detail']} %" for n in sets)
         + " |",
         "",
+        *_rates_in_words(v),
         f"Of {v['obedience.prompts']} fresh prompts, one image each, the judges (right on at least "
         f"{v['backbone.judge_accuracy']} % of the held-out renders whose answer is clear after the "
         f"autoencoder; for the pattern these are {v['backbone.judged_patterns']} % of them) find the "
