@@ -40,7 +40,7 @@ CHANGES: dict[str, dict[str, dict[str, float]]] = {
         "no average": {"ema_decay": 0.0},
     },
 }
-EVALUATIONS = {"autoencoder": 6, "unet": 2}  # along the way; one of the UNet's costs as much as 1500 pictures
+EVALUATIONS = {"autoencoder": 6, "unet": 2}  # along the way; the UNet's draw pictures
 PERCEPTUAL = 1.0  # its weight in the loss: about a third of the rest at the start
 
 
