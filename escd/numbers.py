@@ -674,7 +674,7 @@ def _filters_in_words() -> list[str]:
 def _rates_in_words(values: Mapping[str, str]) -> list[str]:
     """What more latents at a place would bring; nothing where there is no record of it."""
     latents = [str(number) for number in trials.by_latents()]
-    if not latents:
+    if len(latents) < 2:
         return []
 
     def each(score: str) -> str:

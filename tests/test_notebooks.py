@@ -24,7 +24,7 @@ CHECKED = {
     "01_preliminaries": 6,
     "02_probing_study": 3,
     "03_method": 5,
-    "04_training": 6,
+    "04_training": 5,
     "05_sliders": 1,
     "06_figures": 1,
     "your_image": 1,

@@ -13,8 +13,10 @@ import pytest
 from escd import numbers, records
 from escd.numbers import CostConfig
 from escd.pretrain import ablation
+from escd.pretrain.trials import TrialConfig
 from escd.references import load_references
 from escd.study import (
+    IMAGE_SETS,
     AutoencoderConfig,
     CompositionConfig,
     JudgesConfig,
@@ -282,10 +284,20 @@ def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch)
     records.get(config, lambda _: {"rounds": ways, "flops": dict.fromkeys(ways, 1)}, device="cpu")
     for one in alike_configs(LISTED):
         records.get(one, made_up, inputs={"backbone mini": "aa"}, device="cpu")
+    assert numbers._rates_in_words(numbers.numbers()) == [], "nothing to compare yet"
+    for latents, change in ((4, "none"), (8, "8 latents"), (16, "16 latents")):
+        scores = {"psnr": 25.04 + latents, "detail": latents / 100, "pca_psnr": 20.0, "pca_detail": 0.2}
+        metrics = {"latents": latents} | dict.fromkeys(IMAGE_SETS, scores)
+        records.get(TrialConfig("autoencoder", change, 9_000), lambda _, metrics=metrics: metrics)
     used = keys_in((records.ROOT / "paper" / "main.tex").read_text())
     assert len(used) > 50
     values = numbers.numbers()
     assert used <= values.keys(), sorted(used - values.keys())
+    assert "on 9,000 images, autoencoders with 4, 8 and 16 latents" in numbers._rates_in_words(values)[0]
+    assert (
+        "have 29.0, 33.0 and 41.0 dB on the tiles and keep 4, 8 and 16 %"
+        in numbers._rates_in_words(values)[0]
+    )
     assert values["backbone.images_seen"] == "200,000"
     assert values["backbone.judge_accuracy"] == "99.5" and values["backbone.judged_patterns"] == "52"
     assert values["obedience.colour"] == "90"

@@ -426,6 +426,15 @@ def test_a_training_goes_on_from_exported_weights(tmp_path, monkeypatch):
     assert (tmp_path / "third" / "toy" / "checkpoints" / "00000424" / "toy.json").is_file()
 
 
+def test_the_state_of_another_network_is_not_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    train(lambda device: Toy(), weights=tmp_path, images=8, progress=False)
+    wider = Toy()
+    wider.module.layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"state\.pt is the state of another network.*ESCD_RUNS"):
+        train(lambda device: wider, weights=tmp_path, images=16, progress=False)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

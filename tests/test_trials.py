@@ -85,9 +85,7 @@ def test_the_command_runs_what_has_no_record(tmp_path, monkeypatch, capsys):
     main(["unet", "--images", "8", "--seed", "1", "--changes", "none", "--records", str(tmp_path)])
     assert asked[-1] == "none" and len(asked) == len(CHANGES["unet"]) + 1
     monkeypatch.setattr(records, "FOLDER", tmp_path)
-    trials.results.cache_clear()
     found = [(r.config["change"], r.config["seed"]) for r in trials.results("unet")]
-    trials.results.cache_clear()
     assert found[:3] == [("none", 0), ("none", 1), (list(CHANGES["unet"])[1], 0)]
     for wrong in (["unet", "--images", "8", "--changes", "magic"], ["unet", "--images", "0"], ["words"]):
         with pytest.raises(SystemExit):
@@ -99,7 +97,6 @@ def test_the_command_runs_what_has_no_record(tmp_path, monkeypatch, capsys):
 def recorded(tmp_path, monkeypatch):
     """Trials of the autoencoder and of the UNet, with made-up scores."""
     monkeypatch.setattr(records, "FOLDER", tmp_path)
-    trials.results.cache_clear()
     for change, latents, images in (
         ("16 latents", 16, 80), ("none", 4, 80), ("none", 4, 40), ("perceptual term", 4, 80),
     ):  # fmt: skip
@@ -112,7 +109,6 @@ def recorded(tmp_path, monkeypatch):
             TrialConfig("unet", "none", 8, seed=seed), lambda c, last=last: {"scores": [{"mse": 1}, last]}
         )
     yield tmp_path
-    trials.results.cache_clear()
 
 
 def test_the_rates_are_compared_at_the_same_number_of_pictures(recorded):
@@ -138,6 +134,4 @@ def test_the_tables_have_a_row_for_each_trial(recorded):
 
 def test_without_records_there_is_no_table(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "FOLDER", tmp_path)
-    trials.results.cache_clear()
     assert trials.table("unet") == trials.table("autoencoder") == "" and trials.by_latents() == {}
-    trials.results.cache_clear()

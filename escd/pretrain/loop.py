@@ -152,6 +152,11 @@ def train(
     if state:
         learnt = dict(stage.module.named_parameters())
         for name, value in state["parameters"].items():
+            if name not in learnt or learnt[name].shape != value.shape:
+                raise ValueError(
+                    f"{path} is the state of another network (its {name} is {tuple(value.shape)}): "
+                    "move it away, or set ESCD_RUNS to another folder"
+                )
             learnt[name].data.copy_(value)
         stage.module.load_state_dict(state["buffers"], strict=False)
         ema.load_state_dict(state["ema"])

@@ -10,7 +10,6 @@ import argparse
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,6 @@ def inputs(config: TrialConfig) -> dict[str, str]:
     return found
 
 
-@cache
 def results(stage: str) -> list[records.Record]:
     """The records of a stage's trials: by number of pictures, then in the order of CHANGES."""
     order = list(CHANGES[stage])
