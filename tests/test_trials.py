@@ -38,7 +38,8 @@ def test_a_trial_changes_one_thing(stage):
     for change, wanted in CHANGES[stage.name].items():
         changed = asdict(loop_of(TrialConfig(stage.name, change, 1), stage.loop))
         differ = {k: changed[k] for k in recipe if recipe[k] != changed[k]}
-        assert differ == wanted and len(wanted) <= 1, change
+        assert differ == {k: v for k, v in wanted.items() if k not in ("latents", "perceptual")}, change
+        assert len(wanted) == (change != "none"), change
 
 
 def test_trials_begin_with_the_same_weights(perceptual):
@@ -49,12 +50,12 @@ def test_trials_begin_with_the_same_weights(perceptual):
 def test_the_perceptual_term_asks_for_the_same_tokens(perceptual, images):
     module = perceptual
     assert not [name for name, _ in module.named_parameters() if "tower" in name]
-    assert module.seen(images, images) == 0
+    assert module.perceptual(images, images) == 0
     near, far = (images + spread * torch.randn_like(images) for spread in (0.05, 0.5))
     near.requires_grad_(True)
-    term = module.seen(near, images)
+    term = module.perceptual(near, images)
     term.backward()
-    assert 0 < term < module.seen(far, images) and near.grad.abs().sum() > 0
+    assert 0 < term < module.perceptual(far, images) and near.grad.abs().sum() > 0
     plain = AutoencoderLoss()
     plain.vae = module.vae
     losses = []

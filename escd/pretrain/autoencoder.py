@@ -151,9 +151,9 @@ class AutoencoderLoss(nn.Module):
         squared = error.square().mean()
         kl = posterior.kl().float().mean() / image[0].numel()
         loss = error.abs().mean() + 4 * squared + 0.5 * edges + 3e-5 * kl
-        return loss + self.seen(made, image), {"mse": squared, "kl": kl}
+        return loss + self.perceptual(made, image), {"mse": squared, "kl": kl}
 
-    def seen(self, made: Tensor, image: Tensor) -> Tensor:
+    def perceptual(self, made: Tensor, image: Tensor) -> Tensor:
         """A perceptual term between images (N, 3, H, W): there is none (`escd.pretrain.trials` tries one)."""
         return made.new_zeros(())
 

@@ -26,9 +26,15 @@ from . import loop
 from .autoencoder import LATENT_CHANNELS, AutoencoderLoss, AutoencoderStage
 from .unet import UNetStage
 
-# Of each stage the changes, and what of its loop each is (of the others see `_stage`).
+# Of each stage the changes, and what each is: a field of its loop, the autoencoder's number of latents, or
+# the weight of a perceptual term (1.0: about a third of the rest of the loss at the start).
 CHANGES: dict[str, dict[str, dict[str, float]]] = {
-    "autoencoder": {"none": {}, "8 latents": {}, "16 latents": {}, "perceptual term": {}},
+    "autoencoder": {
+        "none": {},
+        "8 latents": {"latents": 8},
+        "16 latents": {"latents": 16},
+        "perceptual term": {"perceptual": 1.0},
+    },
     "unet": {
         "none": {},
         "batches of 32": {"batch_size": 32},
@@ -40,7 +46,6 @@ CHANGES: dict[str, dict[str, dict[str, float]]] = {
     },
 }
 EVALUATIONS = {"autoencoder": 6, "unet": 2}  # along the way; the UNet's draw pictures
-PERCEPTUAL = 1.0  # its weight in the loss: about a third of the rest at the start
 
 
 @dataclass(frozen=True)
@@ -57,16 +62,17 @@ class TrialConfig:
 class PerceptualLoss(AutoencoderLoss):
     """With a perceptual term (Zhang et al. 2018): the image tower's tokens, layer by layer, compared."""
 
-    def __init__(self, tower: ImageTower) -> None:
+    def __init__(self, tower: ImageTower, weight: float) -> None:
         super().__init__()
+        self.weight = weight
         self.__dict__["tower"] = tower.eval().requires_grad_(False)  # no part of this module's state
 
-    def seen(self, made: Tensor, image: Tensor) -> Tensor:
+    def perceptual(self, made: Tensor, image: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = self._tokens(image)
         found = self._tokens(made)
         apart = [(a - b).square().sum(-1).mean() for a, b in zip(found, wanted, strict=True)]
-        return PERCEPTUAL * torch.stack(apart).mean()
+        return self.weight * torch.stack(apart).mean()
 
     def _tokens(self, images: Tensor) -> list[Tensor]:
         """What leaves each layer of the tower: (N, tokens, width), of unit length."""
@@ -85,26 +91,31 @@ class PerceptualLoss(AutoencoderLoss):
 
 def _stage(config: TrialConfig, device: torch.device) -> loop.Stage:
     """The stage with its change."""
-    folder = MODELS[config.backbone].folder
+    folder, change = MODELS[config.backbone].folder, CHANGES[config.stage][config.change]
     if config.stage == "unet":
         stage: Any = UNetStage(device, folder)
         stage.generator.manual_seed(config.seed)
     else:
-        number, _, what = config.change.partition(" ")
-        stage = AutoencoderStage(device, folder, int(number) if what == "latents" else LATENT_CHANNELS)
-        if config.change == "perceptual term":
+        stage = AutoencoderStage(device, folder, int(change.get("latents", LATENT_CHANNELS)))
+        if weight := change.get("perceptual"):
             tower = ImageTower.from_pretrained(folder / "image_tower", torch_dtype=torch.float32)
             start = stage.module.vae.state_dict()
-            stage.module = PerceptualLoss(tower.to(device))
+            stage.module = PerceptualLoss(tower.to(device), weight)
             stage.module.vae.load_state_dict(start)
-    stage.name = f"trial {config.stage} {config.change} {config.images} {config.seed}"
+    stage.name = _name(config)
     stage.loop = loop_of(config, stage.loop)
     return stage
 
 
+def _name(config: TrialConfig) -> str:
+    """Of the folders of a trial's state and weights."""
+    return f"trial {config.stage} {config.change} {config.images} {config.seed}".replace(" ", "-")
+
+
 def loop_of(config: TrialConfig, recipe: loop.LoopConfig) -> loop.LoopConfig:
     """The recipe's loop with what the trial changes of it."""
-    return replace(recipe, seed=config.seed, **CHANGES[config.stage][config.change])
+    change = CHANGES[config.stage][config.change]
+    return replace(recipe, seed=config.seed, **{k: v for k, v in change.items() if hasattr(recipe, k)})
 
 
 def score(config: TrialConfig) -> dict[str, Any]:
@@ -113,8 +124,7 @@ def score(config: TrialConfig) -> dict[str, Any]:
     Of the autoencoder also `escd.study.autoencoder_scores` of each set of pictures. A killed training goes on
     where it was; the state of one that was scored is thrown away.
     """
-    name = f"{config.stage} {config.change} {config.images}".replace(" ", "-")
-    scratch = records.ROOT / "runs" / "trials" / name
+    scratch = records.ROOT / "runs" / "trials" / _name(config)
     scratch.mkdir(parents=True, exist_ok=True)
     trained = loop.train(
         lambda device: _stage(config, device),
@@ -138,7 +148,7 @@ def inputs(config: TrialConfig) -> dict[str, str]:
     if config.stage == "unet":
         return {name: records.sha256(folder / name) for name in ("vae", "text_encoder", "image_tower")}
     found = {f"references {name}": load_references(which=name).sha256 for name in LISTS}
-    if config.change == "perceptual term":
+    if "perceptual" in CHANGES[config.stage][config.change]:
         found["image_tower"] = records.sha256(folder / "image_tower")
     return found
 
@@ -153,7 +163,7 @@ def results(stage: str) -> list[records.Record]:
 
 def by_latents() -> dict[int, records.Record]:
     """Trials of the autoencoder by its number of latents at a place, all with as many pictures."""
-    same = ("none", *(change for change in CHANGES["autoencoder"] if change.endswith(" latents")))
+    same = ("none", *(name for name, change in CHANGES["autoencoder"].items() if "latents" in change))
     found = [r for r in results("autoencoder") if r.config["change"] in same]
     most = max((r.config["images"] for r in found), default=0)
     return {r.metrics["latents"]: r for r in found if r.config["images"] == most}
