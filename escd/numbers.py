@@ -139,7 +139,8 @@ def results(which: str = "evaluation") -> Results:
 
 @cache
 def _results(which: str, _state: str) -> Results:
-    found = {record.key: record for kind in ("study", "composition") for record in records.all(kind)}
+    kinds = (StudyConfig, CompositionConfig)
+    found = {record.key: record for kind in kinds for record in records.all(kind)}
     groups: dict[tuple[type, str], list[Record | None]] = defaultdict(list)
     inputs: dict[type, dict[str, str]] = {}
 
@@ -300,7 +301,7 @@ def experiments(attribute: str, which: str = "development") -> list[tuple[Tuning
     """What was tried on a list's references: each way of tuning, on how many references, and its scores."""
     runs: dict[TuningConfig, list[Record]] = defaultdict(list)
     floors: dict[str, Record] = {}
-    for record in records.all("study"):
+    for record in records.all(StudyConfig):
         if record.config["attribute"] != attribute or record.config["list"] != which:
             continue
         config = records.config_of(record, StudyConfig)
@@ -336,7 +337,7 @@ def ranks(which: str = "evaluation") -> tuple[dict[str, list[AtRank]], list[Reco
 
     Over the references whose every rank is stored.
     """
-    stored = {record.key: record for record in records.all("rank")}
+    stored = {record.key: record for record in records.all(RankConfig)}
     runs: dict[str, dict[tuple[int | None, bool], list[Record]]] = {}
     used: list[Record] = []
     inputs: dict[str, str] | None = None
