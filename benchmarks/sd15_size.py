@@ -141,7 +141,9 @@ def measure(config: SizeConfig, device: torch.device) -> dict[str, Any]:
             tuning = TuningConfig.of(
                 name, backbone=backbone, steps=config.steps, views=config.views, seed=config.seed
             )
-            learnt = escd.customize(image, name, backbone, config=tuning, progress=False)
+            learnt = escd.customize(
+                image, name, backbone, config=tuning, progress=False, keep_interrupted=False
+            )
             done(f"{name}: {config.steps} steps")
             file = Path(folder) / f"{name}.safetensors"
             learnt.save(file)

@@ -245,19 +245,27 @@ class Backbone:
 
     @cached_property
     def identity(self) -> str:
+        """Twelve hex digits that name the weights of UNet, text encoder and attribute filters.
+
+        They are read once, then remembered. Without filters it is `identity_without_filters`.
+        """
+        if not self.filters:
+            return self.identity_without_filters
+        filters = {f"filters/{name}": learnt.state_dict() for name, learnt in self.filters.items()}
+        return _digest_of(filters, self.identity_without_filters)
+
+    @cached_property
+    def identity_without_filters(self) -> str:
         """Twelve hex digits that name the UNet's and the text encoder's weights; read once, then remembered.
+
+        A customization changes these two alone: whatever filters it was learnt with, it fits every backbone
+        that has them.
 
         The weights are compared in half precision, so that one checkpoint is the same backbone in every
         precision it is stored or run in. Names and shapes stand for the configuration: the libraries' own
         configurations gain keys from one release to the next.
         """
-        digest = hashlib.sha256()
-        for module, weights in (("unet", self.unet.state_dict()), ("text", _prefixed(self.text_encoder))):
-            for name in sorted(weights):
-                w = weights[name].detach().to("cpu", torch.float16).contiguous()
-                digest.update(f"{module}.{name}{tuple(w.shape)}".encode())
-                digest.update(w.numpy().data)
-        return digest.hexdigest()[:12]
+        return _digest_of({"unet": self.unet.state_dict(), "text": _prefixed(self.text_encoder)})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Backbone:
         """Move every network to `device` and `dtype`, in place; returns itself."""
@@ -809,6 +817,17 @@ def _model_index(backbone: Backbone) -> dict:
         **absent,
         "requires_safety_checker": False,
     }
+
+
+def _digest_of(networks: Mapping[str, Mapping[str, Tensor]], before: str = "") -> str:
+    """Twelve hex digits of weights by network and name, in half precision."""
+    digest = hashlib.sha256(before.encode())
+    for network, weights in networks.items():
+        for name in sorted(weights):
+            w = weights[name].detach().to("cpu", torch.float16).contiguous()
+            digest.update(f"{network}.{name}{tuple(w.shape)}".encode())
+            digest.update(w.numpy().data)
+    return digest.hexdigest()[:12]
 
 
 # ---- the text encoder

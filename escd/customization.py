@@ -173,11 +173,12 @@ def _delta(tensors: dict[str, Tensor]) -> dict[str, Tensor | LowRank]:
 
 def require_fit(customization: Customization, backbone: Backbone) -> None:
     """Raise ValueError when `customization` was not made for `backbone`."""
-    if customization.backbone_identity != backbone.identity:
+    # Of older files too: they always named the UNet and the text encoder alone.
+    if customization.backbone_identity != backbone.identity_without_filters:
         raise ValueError(
             f"this {customization.attribute.name} was customized on the backbone "
             f"{customization.backbone_name} ({customization.backbone_identity}), "
-            f"not on {backbone.name} ({backbone.identity})"
+            f"not on {backbone.name} ({backbone.identity_without_filters})"
         )
     if not customization.delta:
         return  # the pseudo-word alone

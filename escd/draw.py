@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -147,13 +146,16 @@ def stored_images(config: SheetConfig | ProcessConfig) -> tuple[Record, list[np.
     path = folder / f"{records.key_of(config)[:16]}.png"
 
     def run(config: SheetConfig | ProcessConfig) -> dict:
+        study().learnt = {}
         images, metrics = MAKERS[type(config)](config)
         folder.mkdir(parents=True, exist_ok=True)
         strip = np.concatenate(images, axis=1)  # (H, N W, 3)
         Image.fromarray(strip).save(path, optimize=True)
         return {"images": len(images), "pixels": records.sha256(strip), **metrics}
 
-    record = records.get(config, run, inputs=_inputs(config), device="cpu")
+    record = records.get(
+        config, run, inputs=_inputs(config), device="cpu", learnt=lambda: study().learnt
+    )
     strip = np.asarray(Image.open(path).convert("RGB"))
     if records.sha256(strip) != record.metrics["pixels"]:
         raise ValueError(f"{path.name} does not hold the pixels of its record: remove both, then draw again")
@@ -179,9 +181,7 @@ def _pipeline(config: SheetConfig | ProcessConfig) -> ESCDPipeline:
     return pipe
 
 
-@cache
 def _learnt(backbone: str, attribute: str, reference: str, tuning: TuningConfig) -> Customization:
-    # several sheets show one customisation
     return study().learn(attribute, load_references()[reference], tuning, backbone)
 
 

@@ -198,7 +198,10 @@ def evaluate(
         inside = None if failed[0] else found.view(1, *picture.shape[-2:]).float()
     pipe = ESCDPipeline(backbone)
     if not config.floor:
-        learnt = customize(subject.image, attribute, backbone, mask=subject.mask, config=config.tuning)
+        learnt = customize(
+            subject.image, attribute, backbone,
+            mask=subject.mask, config=config.tuning, keep_interrupted=False,
+        )  # fmt: skip
         pipe = ESCDPipeline(backbone, **{attribute.name: learnt})
     pipe.set_progress_bar_config(disable=True)
     word = attribute.word if config.floor else attribute.token

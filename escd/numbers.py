@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from . import records
 from .cost import relative
 from .customization import ATTRIBUTES, Customization
 from .judges import HEADS
+from .kept import learn_now
 from .measure import Interval, paired_bootstrap
 from .pretrain import ablation, trials
 from .pretrain.autoencoder import LATENT_CHANNELS
@@ -47,7 +47,7 @@ from .study import (
     rank_configs,
     table,
 )
-from .tuning import TuningConfig, customize
+from .tuning import TuningConfig
 
 README = records.ROOT / "README.md"
 NUMBERS = records.ROOT / "paper" / "numbers.tex"
@@ -78,7 +78,7 @@ class FreshStudy(Study):
     def learn(
         self, attribute: str, reference: Reference, tuning: TuningConfig, backbone: str = "mini"
     ) -> Customization:
-        return customize(reference.image, attribute, self.backbone(backbone), config=tuning, progress=False)
+        return learn_now(attribute, reference, tuning, self.backbone(backbone)).customization
 
 
 @cache
@@ -100,17 +100,16 @@ class CostConfig:
 
 def cost(config: CostConfig) -> dict[str, float]:
     """Seconds of one tuning, and the size of what it leaves."""
-    image = load_references(which=config.list)[config.reference].image
+    reference = load_references(which=config.list)[config.reference]
     backbone = study().backbone(config.backbone)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        start = time.perf_counter()
-        learnt = customize(image, config.tuning.attribute, backbone, config=config.tuning, progress=False)
-        seconds = time.perf_counter() - start
+        learnt = learn_now(config.tuning.attribute, reference, config.tuning, backbone)
     finally:
         torch.set_num_threads(threads)
-    return {"steps": learnt.steps, "seconds": seconds, "megabytes": learnt.nbytes / 1e6}
+    size = learnt.customization.nbytes
+    return {"steps": learnt.about.steps, "seconds": learnt.about.seconds, "megabytes": size / 1e6}
 
 
 # --------------------------------------------------------------------------------
@@ -139,7 +138,8 @@ def results(which: str = "evaluation") -> Results:
 
 @cache
 def _results(which: str, _state: str) -> Results:
-    found = {record.key: record for kind in ("study", "composition") for record in records.all(kind)}
+    kinds = (StudyConfig, CompositionConfig)
+    found = {record.key: record for kind in kinds for record in records.all(kind)}
     groups: dict[tuple[type, str], list[Record | None]] = defaultdict(list)
     inputs: dict[type, dict[str, str]] = {}
 
@@ -300,7 +300,7 @@ def experiments(attribute: str, which: str = "development") -> list[tuple[Tuning
     """What was tried on a list's references: each way of tuning, on how many references, and its scores."""
     runs: dict[TuningConfig, list[Record]] = defaultdict(list)
     floors: dict[str, Record] = {}
-    for record in records.all("study"):
+    for record in records.all(StudyConfig):
         if record.config["attribute"] != attribute or record.config["list"] != which:
             continue
         config = records.config_of(record, StudyConfig)
@@ -336,7 +336,7 @@ def ranks(which: str = "evaluation") -> tuple[dict[str, list[AtRank]], list[Reco
 
     Over the references whose every rank is stored.
     """
-    stored = {record.key: record for record in records.all("rank")}
+    stored = {record.key: record for record in records.all(RankConfig)}
     runs: dict[str, dict[tuple[int | None, bool], list[Record]]] = {}
     used: list[Record] = []
     inputs: dict[str, str] | None = None
@@ -738,9 +738,14 @@ def _summary(values: Mapping[str, str]) -> str:
 
 def repeatable(found: Sequence[Record], count: int = REPEATS) -> list[Record]:
     """At most `count` records that any clone can run again in a minute each; the commit says which."""
-    cheap = [r for r in found if r.kind == "study" and r.device == "cpu" and r.seconds <= REPEAT_SECONDS]
+    cheap = [r for r in found if r.kind == "study" and r.device == "cpu" and _seconds(r) <= REPEAT_SECONDS]
     turn = records.commit() or ""
     return sorted(cheap, key=lambda r: hashlib.sha256(f"{turn}{r.key}".encode()).hexdigest())[:count]
+
+
+def _seconds(record: Record) -> float:
+    """What running a record again takes: what an earlier run learnt and kept is learnt again, too."""
+    return record.seconds + sum(one["seconds"] for one in record.learnt.values() if one["kept"])
 
 
 def run_again(

@@ -1,8 +1,11 @@
 """One run, one frozen config, one JSON line: the only place the numbers of the paper come from.
 
-A run is described by a frozen dataclass; the sha256 of its fields is its key. `get` returns the stored
-record, or runs and appends one to `figures/records/<kind>.jsonl`, where the kind is the config's type:
-`StudyConfig` is kept in `study.jsonl`. Records never hold a path of the machine that made them.
+A run is described by a frozen dataclass; the sha256 of the fields that are not at their defaults is its key.
+`get` returns the stored record, or runs and appends one to `figures/records/<kind>.jsonl`, where the kind is
+the config's type: `StudyConfig` is kept in `study.jsonl`, in whatever module it is defined. A record stores
+every field, and its key is made again when it is read: a config may gain fields that have a default, and
+defaults may change, without a record being lost or taken for another. Records never hold a path of the
+machine that made them.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -23,6 +27,7 @@ import time
 import types
 import typing
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +44,7 @@ class Record:
     """One finished run: what was asked (`config`), what came out (`metrics`) and where it was run."""
 
     kind: str
-    key: str  # sha256 of kind and config
+    key: str  # sha256 of kind and config, but for the fields at their defaults
     config: dict[str, Any]
     seed: int | None
     metrics: dict[str, Any]
@@ -51,6 +56,11 @@ class Record:
     threads: int
     versions: dict[str, str | None]
     commit: str | None  # git HEAD, "-dirty" appended when the package differs from it; None outside git
+    # When the run ended, in UTC; None in records older than this field.
+    date: str | None = None
+    # Of each customization that was scored (`escd.kept.About`): when, at which commit, in how many steps and
+    # seconds it was learnt, whether it was kept from an earlier run, and the sha256 of what was scored.
+    learnt: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 def kind_of(config: Any) -> str:
@@ -60,8 +70,16 @@ def kind_of(config: Any) -> str:
 
 
 def key_of(config: Any) -> str:
-    """sha256 over the kind and every field; raises TypeError for a field whose value is not of its type."""
-    text = json.dumps([kind_of(config), as_json(config)], sort_keys=True, allow_nan=False)
+    """sha256 over the kind and the fields that are not at their defaults.
+
+    Raises TypeError for a field whose value is not of its type.
+    """
+    return _key(as_json(config), type(config))
+
+
+def _key(config: Mapping[str, Any], config_class: type) -> str:
+    said = _without_defaults(config, config_class)
+    text = json.dumps([kind_of(config_class), said], sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -97,18 +115,20 @@ def get(
     device: torch.device | str | None = None,
     folder: Path | None = None,
     again: bool = False,
+    learnt: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> Record:
     """The stored record of `config`; where there is none, `run(config)` makes its metrics and it is appended.
 
     `inputs` maps names to sha256 (weights, references): a stored record made from other inputs is out of date
     and does not count. `device` is where `run` computes; None is the one `load_backbone` chooses by itself.
     `again`: run and append even where one is stored, as a measurement of speed wants; the newest counts.
+    `learnt` is called after `run` and tells what the record says of the customizations that were scored.
     Raises KeyError where nothing is stored and there is no `run`; TypeError for a config that is not a frozen
     dataclass or whose values are not of their types.
     """
     folder = FOLDER if folder is None else folder
     key = key_of(config)
-    stored = _find(_read(folder, kind_of(config)), key, inputs)
+    stored = _find(_read(folder, type(config)), key, inputs)
     if stored is not None and not again:
         return stored
     if run is None:
@@ -116,7 +136,8 @@ def get(
     start = time.perf_counter()
     metrics = run(config)
     seconds = time.perf_counter() - start
-    return _append(folder, config, key, metrics, inputs, seconds, device, again)
+    about = learnt() if learnt is not None else {}
+    return _append(folder, config, key, metrics, inputs, seconds, device, again, about)
 
 
 def measured(
@@ -133,16 +154,22 @@ def measured(
 
 
 def all(kind: str | type, *, folder: Path | None = None) -> list[Record]:
-    """The newest record of every config of a kind (its name or its class), in the order first run."""
+    """The newest record of every config of a kind, in the order first run.
+
+    With the config's class, keys and configs are those the class gives now; with its name, as stored.
+    """
     folder = FOLDER if folder is None else folder
     newest: dict[str, Record] = {}
-    for record in _read(folder, kind if isinstance(kind, str) else kind_of(kind)):
+    for record in _read(folder, kind):
         newest[record.key] = record
     return list(newest.values())
 
 
 def config_of(record: Record, config_class: type) -> Any:
-    """The frozen config a record was made from; TypeError for an unknown, missing or mistyped field."""
+    """The frozen config a record was made from; a field it does not have is at its default.
+
+    Raises TypeError for an unknown or mistyped field, and for a missing one that has no default.
+    """
     config = _rebuild(record.config, config_class, config_class.__name__)
     if key_of(config) != record.key:
         raise ValueError(f"a {record.kind} record's key is not that of its config: {config}")
@@ -151,7 +178,7 @@ def config_of(record: Record, config_class: type) -> Any:
 
 def same_platform(record: Record, device: torch.device | str | None = None) -> bool:
     """Whether this process would give the record's bits: machine, instructions, threads, versions."""
-    here = _platform(device)
+    here = platform_of(device)
     return builtins.all(getattr(record, name) == value for name, value in here.items())
 
 
@@ -188,6 +215,11 @@ def commit(root: Path = ROOT) -> str | None:
         return None
     # Only the package is asked for: a study appends to figures/records while it runs.
     return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "escd") else "")
+
+
+def now() -> str:
+    """The date and the time in UTC, as a record says them."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str | None]:
@@ -273,11 +305,54 @@ def _rebuild(value: Any, hint: Any, where: str) -> Any:
         hints = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
         return tuple(_rebuild(item, each, where) for item, each in zip(value, hints, strict=True))
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        hints = typing.get_type_hints(hint)
+        hints, defaults = _fields(hint)
         names = {field.name for field in dataclasses.fields(hint)}
-        if names != value.keys():
-            raise TypeError(f"{where}: unknown or missing fields {sorted(names ^ value.keys())}")
+        wrong = (value.keys() - names) | (names - value.keys() - defaults.keys())
+        if wrong:
+            raise TypeError(f"{where}: unknown or missing fields {sorted(wrong)}")
         return hint(**{name: _rebuild(item, hints[name], f"{where}.{name}") for name, item in value.items()})
+    return value
+
+
+@functools.cache
+def _fields(config_class: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The types of a config's fields, and the defaults, as JSON values, of those that have one."""
+    hints, found = typing.get_type_hints(config_class), {}
+    for field in dataclasses.fields(config_class):
+        where = f"{config_class.__name__}.{field.name}"
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = _checked(field.default, hints[field.name], where)
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = _checked(field.default_factory(), hints[field.name], where)
+    return hints, found
+
+
+def _without_defaults(config: Mapping[str, Any], config_class: type) -> dict[str, Any]:
+    """A config's JSON without the fields that are at their defaults; in nested configs likewise."""
+    hints, defaults = _fields(config_class)
+    return {
+        name: _nested(value, hints.get(name), _without_defaults)
+        for name, value in config.items()
+        if name not in defaults or json.dumps(value) != json.dumps(defaults[name])  # 1 is not 1.0 or True
+    }
+
+
+def _with_defaults(config: Mapping[str, Any], config_class: type) -> dict[str, Any]:
+    """A stored config's JSON with the fields that its class has gained since; in nested configs likewise."""
+    hints, defaults = _fields(config_class)
+    stored = {name: _nested(value, hints.get(name), _with_defaults) for name, value in config.items()}
+    return stored | {name: value for name, value in defaults.items() if name not in stored}
+
+
+def _nested(value: Any, hint: Any, change: Callable[[Mapping[str, Any], type], dict[str, Any]]) -> Any:
+    """`value` with `change` made to each config of class `hint` in it."""
+    arguments = typing.get_args(hint)
+    if isinstance(value, dict):
+        classes = [choice for choice in (hint, *arguments) if dataclasses.is_dataclass(choice)]
+        return change(value, classes[0]) if len(classes) == 1 else value
+    if isinstance(value, list) and typing.get_origin(hint) is tuple:
+        hints = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
+        return [_nested(item, each, change) for item, each in zip(value, hints, strict=True)]
     return value
 
 
@@ -323,7 +398,8 @@ def _close(one: Any, other: Any, bound: float) -> bool:
 # files
 
 
-def _platform(device: torch.device | str | None) -> dict[str, Any]:
+def platform_of(device: torch.device | str | None) -> dict[str, Any]:
+    """What decides a number's bits besides config, inputs and code."""
     if device is None:
         device = (
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -340,9 +416,9 @@ def _platform(device: torch.device | str | None) -> dict[str, Any]:
     }
 
 
-def _read(folder: Path, kind: str) -> list[Record]:
-    """Every finished line of a kind's file."""
-    path = folder / f"{kind}.jsonl"
+def _read(folder: Path, kind: str | type) -> list[Record]:
+    """Every finished line of a kind's file; with a config's class, as that class is now."""
+    path = folder / f"{kind if isinstance(kind, str) else kind_of(kind)}.jsonl"
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -350,9 +426,11 @@ def _read(folder: Path, kind: str) -> list[Record]:
         return _parse(file.read(), kind)
 
 
-def _parse(text: bytes, kind: str) -> list[Record]:
+def _parse(text: bytes, kind: str | type) -> list[Record]:
     """Records of a file's text; ValueError names the line that is not one."""
+    config_class, kind = (None, kind) if isinstance(kind, str) else (kind, kind_of(kind))
     names = {field.name for field in dataclasses.fields(Record)}
+    newer = {"date", "learnt"}  # which the oldest records do not have
     found = []
     # What follows the last newline is an append that was cut off: the next append removes it.
     for number, line in enumerate(text.split(b"\n")[:-1], start=1):
@@ -361,9 +439,12 @@ def _parse(text: bytes, kind: str) -> list[Record]:
         except json.JSONDecodeError as error:
             error.add_note(f"in figures/records/{kind}.jsonl, line {number}")
             raise
-        if not isinstance(fields, dict) or fields.keys() != names or fields["kind"] != kind:
-            odd = sorted(fields.keys() ^ names) if isinstance(fields, dict) else line[:40]
+        if not isinstance(fields, dict) or fields.keys() | newer != names or fields["kind"] != kind:
+            odd = sorted((fields.keys() | newer) ^ names) if isinstance(fields, dict) else line[:40]
             raise ValueError(f"{kind}.jsonl, line {number}, is not a {kind} record: {odd or fields['kind']}")
+        if config_class is not None:
+            fields["config"] = _with_defaults(fields["config"], config_class)
+            fields["key"] = _key(fields["config"], config_class)
         found.append(Record(**fields))
     return found
 
@@ -384,6 +465,7 @@ def _append(
     seconds: float,
     device: torch.device | str | None,
     again: bool,
+    learnt: Mapping[str, Mapping[str, Any]],
 ) -> Record:
     """Append one whole line under a lock; where another process was quicker, its record is returned."""
     record = Record(
@@ -395,7 +477,9 @@ def _append(
         inputs=_plain(inputs or {}, "inputs"),
         seconds=round(seconds, 3),
         commit=commit(),
-        **_platform(device),
+        date=now(),
+        learnt=_plain(learnt, "learnt"),
+        **platform_of(device),
     )
     line = (json.dumps(dataclasses.asdict(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
@@ -403,7 +487,7 @@ def _append(
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         text = file.read()
-        stored = _find(_parse(text, record.kind), key, inputs)
+        stored = _find(_parse(text, type(config)), key, inputs)
         if stored is not None and not again:
             return stored
         file.truncate(text.rfind(b"\n") + 1)

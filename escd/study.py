@@ -29,10 +29,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import backbone as backbones
-from . import measure, records, world
+from . import kept, measure, records, world
 from .artefacts import low_rank, relative_error
 from .backbone import Backbone, load_backbone
-from .customization import ATTRIBUTES, Customization, load_customization
+from .customization import ATTRIBUTES, Customization
 from .judges import (
     HEADS,
     WEIGHTS,
@@ -54,7 +54,7 @@ from .references import (
     load_references,
     named_outlines,
 )
-from .tuning import NO_PART, TuningConfig, customize
+from .tuning import NO_PART, TuningConfig
 from .world import BACKGROUNDS, COLOUR_RGB, COLOURS, PATTERNS, SHAPES, SIZE
 
 RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "study"  # what was learnt, so that no part is tuned twice
@@ -401,6 +401,9 @@ class Study:
     ) -> None:
         self.folder, self.device = folder, device
         self._backbones: dict[str, Backbone] = dict(backbones or {})
+        self._weights: dict[str, str] = {}
+        # What the record of the run in hand says of the customizations it scores, by attribute.
+        self.learnt: dict[str, dict[str, Any]] = {}
 
     def run(self, config: Any, stored: Path | None = None) -> records.Record:
         """The stored record of a config, or that of running it now."""
@@ -410,10 +413,12 @@ class Study:
             inputs=self.inputs(config),
             device=self.backbone(config.backbone).device,
             folder=stored,
+            learnt=lambda: self.learnt,
         )
 
     def score(self, config: Any) -> dict[str, Any]:
         """Metrics of one config, by its kind."""
+        self.learnt = {}
         scorers = {
             StudyConfig: self._score_attribute,
             CompositionConfig: self._score_composition,
@@ -429,6 +434,12 @@ class Study:
             self._backbones[name] = load_backbone(name, device=self.device)
         return self._backbones[name]
 
+    def weights(self, name: str) -> str:
+        """sha256 of all that a backbone computes with; read once, for a backbone does not change."""
+        if name not in self._weights:
+            self._weights[name] = kept.weights_sha256(self.backbone(name))
+        return self._weights[name]
+
     def judges(self) -> Judges:
         return _judges()
 
@@ -442,8 +453,10 @@ class Study:
 
     def inputs(self, config: Any) -> dict[str, str]:
         """sha256 of what a config's numbers come from: weights of the backbone, judges, references."""
-        identity = self.backbone(config.backbone).identity
-        inputs = {f"backbone {config.backbone}": _weights_sha256(config.backbone, identity)}
+        model = backbones.MODELS.get(config.backbone)
+        shipped = model is not None and model.folder is not None
+        weights = _folder_sha256(model.folder) if shipped else self.weights(config.backbone)
+        inputs = {f"backbone {config.backbone}": weights}
         if not isinstance(config, AutoencoderConfig):
             inputs["judges"] = records.sha256(WEIGHTS / "judges")
         if isinstance(config, StudyConfig | CompositionConfig | RankConfig):
@@ -487,6 +500,7 @@ class Study:
         small = learnt
         if config.rank is not None or config.exportable:
             small = low_rank(learnt, config.rank or FULL_RANK, only_exportable=config.exportable)
+            self.learnt[config.attribute]["sha256"] = kept.sha256_of(small)
         asked = prompts_for(reference, config.attribute)
         return {
             "megabytes": small.nbytes / 1e6,
@@ -511,17 +525,11 @@ class Study:
         self, attribute: str, reference: Reference, tuning: TuningConfig, backbone: str
     ) -> Customization:
         """The customization of one reference; kept under `runs/study`, since compositions use it again."""
-        made = self.backbone(backbone)
-        key = hashlib.sha256(
-            repr((reference.inputs, tuning, made.identity, str(made.device))).encode()
-        ).hexdigest()
-        path = RUNS / f"{attribute}-{key[:16]}.safetensors"
-        if path.exists():
-            return load_customization(path, made)
-        learnt = customize(reference.image, attribute, made, config=tuning, progress=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        learnt.save(path)
-        return learnt
+        made = kept.learn(
+            RUNS, attribute, reference, tuning, self.backbone(backbone), self.weights(backbone)
+        )
+        self.learnt[attribute] = made.told()
+        return made.customization
 
     def _score_obedience(self, config: ObedienceConfig) -> dict[str, Any]:
         return prompt_obedience(
@@ -561,10 +569,8 @@ def _folder(folder: str | Path, twenty: int) -> References:
 
 
 @cache
-def _weights_sha256(name: str, identity: str) -> str:
-    """A shipped backbone's files; of one that is not shipped, its identity."""
-    model = backbones.MODELS.get(name)
-    return records.sha256(model.folder) if model is not None and model.folder is not None else identity
+def _folder_sha256(folder: Path) -> str:
+    return records.sha256(folder)
 
 
 def _quiet(pipe: ESCDPipeline) -> ESCDPipeline:

@@ -352,6 +352,7 @@ def customize(
     progress: bool = True,
     checkpointing: bool | None = None,
     config: TuningConfig | None = None,
+    keep_interrupted: bool = True,
 ) -> Customization:
     """Learn one attribute of one image: a pseudo-word, and the change of one part of the UNet (paper, Eq. 6).
 
@@ -361,10 +362,11 @@ def customize(
     untuned. part: what learns, by default the attribute's own half; "none" tunes the pseudo-word alone. rank:
     learn the change at this rank, for a small file that can be exported whole; None learns it in full.
     callback(step, loss) is called after each step and ends the tuning early by returning True. Ctrl-C ends
-    it too, and what was learnt until then is returned. checkpointing: compute the UNet's inner results again
-    on the way back instead of keeping them (Chen et al. 2016): the same result for a fraction of the memory
-    and about a third more time; None does so where a GPU's memory would not do otherwise (`escd.cost`). The
-    backbone itself is not changed.
+    it too, and what was learnt until then is returned; with keep_interrupted=False the interrupt goes on to
+    the caller, as it must where the result counts as one of all its steps. checkpointing: compute the UNet's
+    inner results again on the way back instead of keeping them (Chen et al. 2016): the same result for a
+    fraction of the memory and about a third more time; None does so where a GPU's memory would not do
+    otherwise (`escd.cost`). The backbone itself is not changed.
 
     Raises ValueError or TypeError for an unknown attribute or part and for bad numbers, ImportError for
     "adamw8bit" without bitsandbytes, and what `open_image` raises.
@@ -403,8 +405,9 @@ def customize(
         network = working_copy(backbone.unet, change.before, checkpointing)
         try:
             _tune(
-                backbone, network, attribute, config, picture, inside, v, change, losses, callback, progress
-            )
+                backbone, network, attribute, config, picture, inside, v, change, losses, callback, progress,
+                keep_interrupted,
+            )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"the GPU's memory is full: {LESS_MEMORY}") from error
     delta = change.delta() if losses else {}
@@ -413,7 +416,7 @@ def customize(
         pseudo_word=v.detach().cpu(),
         delta=delta,
         part=config.part,
-        backbone_identity=backbone.identity,
+        backbone_identity=backbone.identity_without_filters,
         backbone_name=backbone.name,
         steps=len(losses),
         seed=config.seed,
@@ -531,6 +534,7 @@ def _tune(
     losses: list[float],
     callback: Callable[[int, float], bool | None] | None,
     progress: bool,
+    keep_interrupted: bool,
 ) -> None:
     """Change `v` and `change` in place and append to `losses`, step by step."""
     device, unet = backbone.device, backbone.unet
@@ -607,6 +611,8 @@ def _tune(
                 if callback is not None and callback(step + 1, losses[-1]):
                     break
     except KeyboardInterrupt:
+        if not keep_interrupted:
+            raise
         warnings.warn(
             f"interrupted after {len(losses)} of {config.steps} steps; what was learnt until here is kept",
             stacklevel=3,

@@ -138,7 +138,7 @@ def make_customization(backbone: Backbone, attribute, seed: int = 0) -> Customiz
         pseudo_word=0.3 * torch.randn(32, generator=generator),
         delta={name: 0.05 * torch.randn(p.shape, generator=generator) for name, p in parameters.items()},
         part=attribute.part,
-        backbone_identity=backbone.identity,
+        backbone_identity=backbone.identity_without_filters,
         backbone_name=backbone.name,
         steps=7,
         seed=seed,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import escd.backbone
 from escd import Backbone, ImageTower, load_backbone
 from escd.backbone import choose_device
+from escd.customization import load_customization
 
 # ---- loading and storing
 
@@ -50,17 +51,36 @@ def test_half_precision_on_disk_is_the_same_backbone_in_float32(backbone, tmp_pa
 def test_identity_follows_the_weights_not_the_precision(backbone):
     before = backbone.identity
     assert backbone.to(dtype=torch.float16).identity == before
-    del backbone.identity
+    forget_identity(backbone)
     assert backbone.identity == before
     backbone.unet.conv_in.weight.data += 0.01
-    del backbone.identity
+    forget_identity(backbone)
     assert backbone.identity != before
+
+
+def forget_identity(backbone):
+    del backbone.identity, backbone.identity_without_filters
+
+
+def test_identity_follows_the_filters_and_a_customization_does_not(backbone, shape, tmp_path):
+    path = shape.save(tmp_path / "x.safetensors")
+    before, networks = backbone.identity, backbone.identity_without_filters
+    backbone.filters["shape"].fuse[-1].weight.data += 0.01
+    forget_identity(backbone)
+    changed = backbone.identity
+    backbone.filters.clear()
+    forget_identity(backbone)
+    assert len({before, changed, backbone.identity}) == 3
+    assert backbone.identity_without_filters == networks == shape.backbone_identity == backbone.identity
+    assert load_customization(path, backbone).steps == shape.steps
 
 
 def test_identity_outlives_bfloat16(tiny_folder):
     backbone = load_backbone(tiny_folder, device="cpu").to(dtype=torch.bfloat16)
     assert backbone.dtype == torch.bfloat16
-    assert backbone.identity == load_backbone(tiny_folder, device="cpu").identity
+    exact = load_backbone(tiny_folder, device="cpu")
+    assert backbone.identity == exact.identity
+    assert backbone.identity_without_filters == exact.identity_without_filters
 
 
 def test_a_loaded_backbone_is_frozen_and_on_the_best_device(tiny_folder):

@@ -6,13 +6,16 @@ import dataclasses
 import json
 import multiprocessing
 import subprocess
+import typing
+from datetime import UTC, datetime
 from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from escd import records
+from escd import draw, records, study
+from escd.curve import CurveConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +132,99 @@ def test_a_config_must_be_frozen():
             records.key_of(loose)
 
 
+@dataclasses.dataclass(frozen=True)
+class ToldConfig:
+    """A config with a field that has no default."""
+
+    name: str
+    inner: InnerConfig = InnerConfig()
+
+
 def test_unknown_and_missing_fields_of_a_stored_config(tmp_path):
-    record = records.get(ToyStudyConfig(), measure, folder=tmp_path)
-    for config in ({**record.config, "extra": 1}, {"steps": 3}):
+    record = records.get(ToldConfig("a"), measure_nothing, folder=tmp_path)
+    for config in ({**record.config, "extra": 1}, {"inner": {"rate": 0.1}}):
         with pytest.raises(TypeError, match="unknown or missing"):
-            records.config_of(dataclasses.replace(record, config=config), ToyStudyConfig)
+            records.config_of(dataclasses.replace(record, config=config), ToldConfig)
     with pytest.raises(ValueError, match="key"):
-        changed = {**record.config, "steps": 4}
-        records.config_of(dataclasses.replace(record, config=changed), ToyStudyConfig)
+        changed = {**record.config, "name": "b"}
+        records.config_of(dataclasses.replace(record, config=changed), ToldConfig)
+
+
+def measure_nothing(config) -> dict:
+    return {"name": config.name}
+
+
+def grown(kind: type, name: str, default: object, **nested: type) -> type:
+    """A config class of the same name, in another module, with one more field; `nested` replaces classes."""
+    hints = typing.get_type_hints(kind)
+    fields = [
+        (f.name, nested[f.name], nested[f.name]()) if f.name in nested else (f.name, hints[f.name], f.default)
+        for f in dataclasses.fields(kind)
+    ]
+    made = dataclasses.make_dataclass(kind.__name__, [*fields, (name, type(default), default)], frozen=True)
+    made.__module__ = "elsewhere"
+    return made
+
+
+@dataclasses.dataclass(frozen=True)
+class OuterConfig:
+    inner: InnerConfig = InnerConfig()
+    several: tuple[InnerConfig, ...] = ()
+    steps: int = 3
+
+
+@pytest.mark.parametrize("config", [OuterConfig(), OuterConfig(InnerConfig(0.5), (InnerConfig(0.2),), 7)])
+def test_a_new_field_with_a_default_orphans_no_record(config, tmp_path):
+    stored = records.get(config, lambda config: {"loss": 1.0}, folder=tmp_path)
+    inner = grown(InnerConfig, "momentum", 0.9)
+    outer = grown(OuterConfig, "warm", True, inner=inner)
+    same = outer(inner(config.inner.rate), config.several, config.steps)
+    assert records.key_of(same) == records.key_of(config)
+    found = records.get(same, folder=tmp_path)
+    assert found.metrics == stored.metrics and found.config["inner"]["momentum"] == 0.9
+    assert records.config_of(found, outer) == same
+    assert [record.key for record in records.all(outer, folder=tmp_path)] == [stored.key]
+    for other in (dataclasses.replace(same, warm=False), dataclasses.replace(same, inner=inner(0.1, 0.8))):
+        with pytest.raises(KeyError):
+            records.get(other, folder=tmp_path)
+
+
+def test_a_record_is_not_taken_for_that_of_a_new_default(tmp_path):
+    records.get(OuterConfig(), lambda config: {"loss": 3.0}, folder=tmp_path)
+    kind, steps = OuterConfig, [("steps", int, 5)]
+    changed = dataclasses.make_dataclass(kind.__name__, steps, bases=(kind,), frozen=True)
+    with pytest.raises(KeyError):
+        records.get(changed(), folder=tmp_path)
+    assert records.get(changed(steps=3), folder=tmp_path).metrics == {"loss": 3.0}
+
+
+def test_a_record_of_an_older_layout_is_found(tmp_path):
+    """One whose key held every field, without a date and without what was learnt."""
+    records.get(OuterConfig(steps=4), lambda config: {"loss": 4.0}, folder=tmp_path)
+    path = tmp_path / "outer.jsonl"
+    line = json.loads(path.read_text())
+    older = {name: value for name, value in line.items() if name not in ("date", "learnt")}
+    path.write_text(json.dumps(older | {"key": "0" * 64}) + "\n")
+    found = records.get(OuterConfig(steps=4), folder=tmp_path)
+    assert (found.date, found.learnt, found.key) == (None, {}, line["key"])
+
+
+def test_a_record_says_when_it_was_made_and_what_was_learnt(tmp_path):
+    told = {"shape": {"seconds": 3.5, "sha256": "ab"}}
+    before = datetime.now(UTC).replace(microsecond=0)
+    made = records.get(ToldConfig("a"), measure_nothing, folder=tmp_path, learnt=lambda: told)
+    assert before <= datetime.fromisoformat(made.date) <= datetime.now(UTC)
+    assert made.learnt == told and records.get(ToldConfig("a"), folder=tmp_path) == made
+
+
+def test_every_stored_record_has_the_key_of_its_config():
+    """The manifest's keys are looked up in these files."""
+    kinds = [study.StudyConfig, study.CompositionConfig, study.RankConfig, draw.SheetConfig, CurveConfig]
+    for kind in kinds:
+        found = records.all(kind)
+        assert found and found == records.all(records.kind_of(kind))
+        for record in found:
+            assert records.key_of(records.config_of(record, kind)) == record.key
 
 
 @pytest.mark.parametrize("path", ["/home/someone/horse.png", "~/horse.png", "C:\\horse.png"])

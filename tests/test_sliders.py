@@ -35,7 +35,7 @@ def pipe(backbone) -> ESCDPipeline:
                 for name, w in parameters_of(backbone.unet, attribute.part).items()
             },
             part=attribute.part,
-            backbone_identity=backbone.identity,
+            backbone_identity=backbone.identity_without_filters,
             backbone_name=backbone.name,
             steps=1,
             seed=seed,

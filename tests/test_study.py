@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from escd import judges, records, study
+from escd import judges, records, study, tuning
 from escd.backbone import load_backbone
 from escd.judges import Judge, Judges
 from escd.parts import parameters_of
@@ -135,6 +135,47 @@ def test_runs_are_scored_stored_and_repeat(made, listed, tmp_path):
         kept.unlink()
     assert made.score(config) == record.metrics  # learnt again, to the bit
     assert f"references {config.list}" in record.inputs and "judges" in record.inputs
+
+
+def test_an_interrupted_arm_leaves_no_record_and_nothing_kept(made, listed, tmp_path, monkeypatch):
+    steps, predicted = [], tuning.predicted
+
+    def interrupted(*given):
+        steps.append(1)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return predicted(*given)
+
+    monkeypatch.setattr(tuning, "predicted", interrupted)
+    config = TuningConfig.of("shape", "encoder", steps=3, views=4)
+    config = StudyConfig("shape", listed[0].id, "customized", config, **SHORT)
+    with pytest.raises(KeyboardInterrupt):
+        made.run(config, tmp_path)
+    assert not list(tmp_path.glob("*.jsonl")) and not list((tmp_path / "runs").glob("*"))
+    assert made.run(config, tmp_path).learnt["shape"]["steps"] == 3
+
+
+def test_a_record_says_how_what_it_scored_was_learnt(made, listed, tmp_path):
+    short = TuningConfig.of("shape", steps=2, batch_size=2, views=4)
+    config = StudyConfig("shape", listed[0].id, "customized", short, **SHORT)
+    record = made.run(config, tmp_path)
+    (told,) = record.learnt.values()
+    assert told["steps"] == 2 and not told["kept"] and 0 < told["seconds"] <= record.seconds
+    # Another run uses what was kept: its record says when that was learnt, and the hash of what it scored.
+    full = RankConfig("shape", listed[0].id, short, None, **SHORT)
+    assert made.run(full, tmp_path).learnt["shape"] == told | {"kept": True}
+    reduced = made.run(dataclasses.replace(full, rank=1), tmp_path).learnt["shape"]
+    assert reduced["sha256"] != told["sha256"] and reduced["date"] == told["date"]
+    assert made.run(StudyConfig("shape", listed[0].id, "floor", **SHORT), tmp_path).learnt == {}
+    assert records.get(config, folder=tmp_path).learnt == record.learnt
+
+
+def test_other_filters_are_other_inputs(made, listed, backbone):
+    config = StudyConfig("shape", listed[0].id, "floor", **SHORT)
+    before = made.inputs(config)
+    backbone.filters["shape"].fuse[-1].weight.data += 0.01
+    after = study.Study(backbones={"tiny": backbone}).inputs(config)
+    assert {name for name in before if before[name] != after[name]} == {"backbone tiny"}
 
 
 def test_the_floor_is_the_untouched_backbone(made, listed, backbone):
