@@ -29,10 +29,8 @@ from .fusion import pseudo_word
 from .halves import down_path, half_of, recomputed, up_path, with_weights
 from .images import Source, open_image_and_mask
 from .measure import foreground_mask
-from .parts import parameters_of
+from .parts import NO_PART, parameters_of
 from .world import FULL_FORMS, PATTERNS, World, captions_of
-
-NO_PART = "none"  # tune the pseudo-word alone
 
 # The prompts a reference is shown under name neither its background nor its other attribute: what they
 # named, the pseudo-word would be tied to ("{}" is the pseudo-word).
