@@ -21,15 +21,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, UNet2DConditionModel, schedulers
 from diffusers import __version__ as diffusers_version
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import compute_snr
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from open_clip import CLIP, CLIPTextCfg, CLIPVisionCfg, get_model_config
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors import SafetensorError, safe_open
@@ -37,8 +43,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
+from .devices import as_device, as_dtype
 from .encoder import feature_widths
 from .fusion import AttributeFilter
+from .reading import read_object
 
 SNR_CEILING = 5.0
 # Deviation of the logarithm of noise over signal at which a UNet learns (`draw_noise_levels`).
@@ -267,8 +275,15 @@ class Backbone:
         """
         return _digest_of({"unet": self.unet.state_dict(), "text": _prefixed(self.text_encoder)})
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Backbone:
-        """Move every network to `device` and `dtype`, in place; returns itself."""
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+    ) -> Backbone:
+        """Move every network to `device` and `dtype`, in place; returns itself.
+
+        Raises ValueError for a device that is not there and for a dtype no backbone runs in.
+        """
+        device = None if device is None else as_device(device)
+        dtype = None if dtype is None else as_dtype(dtype)
         if dtype is torch.bfloat16:
             self.identity  # noqa: B018  remembered before the rounding that would change it
         for module in self.modules.values():
@@ -414,7 +429,7 @@ class Backbone:
         cls,
         folder: str | Path,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         image_tower: ImageTower | str | Path | None = None,
         filters: str | Path | None = None,
         name: str | None = None,
@@ -427,7 +442,7 @@ class Backbone:
         itself, if it has any. Raises FileNotFoundError for what is missing, ValueError for filters of another
         backbone's width.
         """
-        folder = Path(folder)
+        dtype, folder = as_dtype(dtype), Path(folder)
         _require_layout(folder)
         # Rounded at the end, so that it keeps the identity of what was read.
         wanted, dtype = dtype, torch.float32 if dtype is torch.bfloat16 else dtype
@@ -475,19 +490,22 @@ def load_backbone(
     name_or_path: str | Path = "mini",
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     image_tower: ImageTower | str | Path | None = None,
     filters: str | Path | None = None,
 ) -> Backbone:
     """Load a backbone: "mini", "sd15", a folder in diffusers layout, or a hub id; frozen, ready to customize.
 
     `device` None takes cuda, mps or the CPU, whichever is there first; `dtype` None is float32, but float16
-    for one of Stable Diffusion's size on a CUDA GPU, where tuning would not fit the common ones otherwise.
-    `image_tower`, `filters`: see `Backbone.from_pretrained`. Raises FileNotFoundError for a missing folder or
-    component, OSError when a hub model is neither stored on this machine nor reachable, ValueError for a
-    model this method is not for, MemoryError where it does not fit on the GPU; warns of the time that tuning
-    takes where a large backbone ends up on the CPU unasked.
+    for one of Stable Diffusion's size on a CUDA GPU, where tuning would not fit the common ones otherwise; a
+    dtype may be given by its name, as "float16". `image_tower`, `filters`: see `Backbone.from_pretrained`.
+    Raises FileNotFoundError for a missing folder or component, OSError when a hub model is neither stored on
+    this machine nor to be had, ValueError for a model this method is not for, for a device that is not there
+    and for a dtype no backbone runs in, MemoryError where it does not fit on the GPU; warns of the time that
+    tuning takes where a large backbone ends up on the CPU unasked.
     """
+    where = as_device(device or choose_device())
+    dtype = None if dtype is None else as_dtype(dtype)
     name = str(name_or_path)
     model = MODELS.get(name)
     if model is None:
@@ -499,7 +517,7 @@ def load_backbone(
                 f"StableDiffusionPipeline.from_single_file({name!r}).save_pretrained(folder) makes one of a "
                 "single checkpoint"
             )
-        elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        elif _is_hub_id(name):
             model = Model(repository=name)
         else:
             raise FileNotFoundError(
@@ -513,7 +531,6 @@ def load_backbone(
         filters=filters,
         name=name if name in MODELS or model.repository else None,
     )
-    where = torch.device(device or choose_device())
     if dtype is None and where.type == "cuda" and backbone.large:
         dtype = torch.float16
     try:
@@ -526,6 +543,14 @@ def load_backbone(
     if device is None and backbone.device.type == "cpu" and backbone.large:
         _warn_of_the_time(backbone)
     return backbone
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name  # the hub has names without an owner; here they would hide a slip in one of MODELS
 
 
 def _warn_of_the_time(backbone: Backbone) -> None:
@@ -658,35 +683,45 @@ def _require_layout(folder: Path) -> None:
     for file in sorted(folder.glob("*/*.safetensors")):
         with open_safetensors(file):  # a file cut short is told here, in one way for all networks
             pass
-    unet = json.loads((folder / "unet/config.json").read_text())
+    unet, vae, text = (read_object(folder / name / "config.json") for name in ("unet", "vae", "text_encoder"))
     if (folder / "text_encoder_2").is_dir() or unet.get("addition_embed_type") == "text_time":
         raise ValueError(_is_xl(str(folder)))
-    read, made = (
-        unet.get("in_channels", 4),
-        json.loads((folder / "vae/config.json").read_text()).get("latent_channels", 4),
-    )
+    read, made = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if read != made:
         raise ValueError(
             f"{folder} does not draw from a prompt alone: its UNet reads {read} channels, and latents have "
             f"{made}. That is a model for inpainting or editing; take the text-to-image one it came from"
         )
-    text = json.loads((folder / "text_encoder/config.json").read_text())
-    if unet["cross_attention_dim"] != text["hidden_size"]:
+    read, written = unet.get("cross_attention_dim", 1280), text.get("hidden_size", 512)  # as they default
+    if read != written:
         raise ValueError(
-            f"{folder} is not of Stable Diffusion 1.x's kind: its UNet reads text of width "
-            f"{unet['cross_attention_dim']}, its text encoder writes width {text['hidden_size']}"
+            f"{folder} is not of Stable Diffusion 1.x's kind: its UNet reads text of width {read}, its text "
+            f"encoder writes width {written}"
         )
+
+
+def load_scheduler(folder: str | Path) -> SchedulerMixin:
+    """The scheduler that the `model_index.json` of a folder in diffusers layout names.
+
+    Raises ValueError for a name that is none of diffusers' schedulers.
+    """
+    index = Path(folder) / "model_index.json"
+    named = read_object(index).get("scheduler")
+    name = named[1] if isinstance(named, list) and len(named) == 2 else None
+    kind = getattr(schedulers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(f"{index}: scheduler must name one of diffusers' schedulers, not {named!r}")
+    return kind.from_pretrained(Path(folder) / "scheduler", local_files_only=True)
 
 
 @contextmanager
 def open_safetensors(path: str | Path) -> Iterator[safe_open]:
     """A safetensors file, open for reading; ValueError when it is none, or is cut short."""
     try:
-        stored = safe_open(path, "pt")
+        with safe_open(path, "pt") as stored:
+            yield stored
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-    with stored:
-        yield stored
 
 
 def _pickled(where: str, pickles: Iterable[str]) -> str:
@@ -722,15 +757,30 @@ def _fetch(model: Model) -> Path:
         if listed is not None:
             _require_disk(model, listed, files)
         try:
-            folder = Path(snapshot_download(model.repository, revision=model.revision, allow_patterns=files))
+            return Path(snapshot_download(model.repository, revision=model.revision, allow_patterns=files))
         except LocalEntryNotFoundError as error:
             missing = error
-        else:
-            return folder
+        except HfHubHTTPError as error:
+            raise _refused(model.repository, error) from error
     raise OSError(
         f"{model.repository} is no folder, it is not in the Hugging Face cache, and the hub cannot be "
         "reached; connect once to download it, or give the path of a folder in diffusers layout"
     ) from missing
+
+
+def _refused(repository: str, error: HfHubHTTPError) -> OSError:
+    """One line of what the hub says in many."""
+    if isinstance(error, GatedRepoError):
+        return OSError(
+            f"{repository} is given only to those who agree to its terms: agree on its page on the hub, then "
+            "log in here with `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"no backbone {repository!r}: it is no folder, and the hub has no model of that name, or a "
+            "private one (log in with `hf auth login`)"
+        )
+    return OSError(f"the hub does not give {repository}: {str(error).splitlines()[0]}")
 
 
 def _hub_files(model: Model) -> dict[str, int] | None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbone import PSEUDO_WORD, Backbone, open_safetensors
-from .parts import parameters_of
+from .parts import NO_PART, parameters_of
+from .reading import json_of
 
 FORMAT = "escd-customization-1"
 
@@ -128,51 +132,125 @@ class Customization:
         return path
 
 
-_ABOUT = ("part", "backbone_identity", "backbone_name", "steps", "seed", "config", "losses")
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _word(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+# What a file says beside its tensors: field -> what it must be, as a test and in words.
+_ABOUT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "part": (_word, "a part of the UNet"),
+    "backbone_identity": (_word, "a backbone's identity"),
+    "backbone_name": (_word, "a backbone's name"),
+    "steps": (lambda value: _whole(value) and value >= 0, "a whole number from 0 on"),
+    "seed": (_whole, "a whole number"),
+    "config": (lambda value: isinstance(value, dict), "a table of settings"),
+    "losses": (
+        lambda value: isinstance(value, list) and all(_whole(x) or isinstance(x, float) for x in value),
+        "a list of numbers",
+    ),
+}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def load_customization(path: str | Path, backbone: Backbone) -> Customization:
     """Read a customization made for `backbone`.
 
-    Raises FileNotFoundError, and ValueError for a file that is cut short or no customization, and for one
-    that was made for another backbone.
+    Raises FileNotFoundError, and ValueError, which names the file and the field, for a file that is cut short
+    or no customization, for one whose fields are missing or not what they must be, and for one that was made
+    for another backbone.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no customization at {path}")
     with open_safetensors(path) as stored:
         metadata = stored.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is not a customization: its format is not {FORMAT}")
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a customization: its format is not {FORMAT}")
-    about = json.loads(metadata["about"])
-    customization = Customization(
-        attribute=Attribute(**about.pop("attribute")),
-        pseudo_word=tensors.pop("pseudo_word"),
-        delta=_delta(tensors),
-        **about,
-    )
-    require_fit(customization, backbone)
+    try:
+        if "pseudo_word" not in tensors:
+            raise ValueError("pseudo_word is missing")
+        customization = Customization(
+            **_about(metadata), pseudo_word=tensors.pop("pseudo_word"), delta=_delta(tensors)
+        )
+        require_fit(customization, backbone)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return customization
+
+
+def load_customizations(folder: str | Path, backbone: Backbone) -> dict[str, Customization]:
+    """The customizations that `folder/index.json` lists, by the names of their attributes.
+
+    Raises what `load_customization` raises, and ValueError for a list of anything but plain names: a name
+    cannot lead out of the folder.
+    """
+    index = Path(folder) / "index.json"
+    names = json_of(index.read_bytes(), str(index))
+    plain = isinstance(names, list) and all(isinstance(name, str) and name.isidentifier() for name in names)
+    if not plain or len(set(names)) < len(names):
+        raise ValueError(
+            f"{index} lists names of attributes, plain words, each once, and not {_short(names)}"
+        )
+    loaded = {}
+    for name in names:
+        file = index.with_name(f"{name}.safetensors")
+        loaded[name] = load_customization(file, backbone)
+        if loaded[name].attribute.name != name:
+            raise ValueError(f"{file} is listed as {name} and holds {loaded[name].attribute.name}")
+    return loaded
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _about(metadata: dict[str, str]) -> dict[str, Any]:
+    """The fields of a customization that a file's metadata holds, each one checked."""
+    about = json_of(metadata.get("about", ""), "about")
+    if not isinstance(about, dict):
+        raise ValueError(f"about is not a table of fields, but {_short(about)}")
+    optional = {f.name for f in fields(Customization) if f.default_factory is not MISSING}
+    for name, (fits, kind) in _ABOUT.items():
+        if name not in about and name not in optional:
+            raise ValueError(f"{name} is missing")
+        if name in about and not fits(about[name]):
+            raise ValueError(f"{name} must be {kind}, not {_short(about[name])}")
+    if unknown := sorted(set(about) - {*_ABOUT, "attribute"}):
+        raise ValueError(f"{_short(unknown[0])} is no field of a customization")
+    given, wanted = about.get("attribute"), [f.name for f in fields(Attribute)]
+    if not isinstance(given, dict) or set(given) != set(wanted):
+        raise ValueError(f"attribute must be a table of {', '.join(wanted)}, not {_short(given)}")
+    return about | {"attribute": Attribute(**given)}
 
 
 def _delta(tensors: dict[str, Tensor]) -> dict[str, Tensor | LowRank]:
     """The change of each weight from a file's tensors, in the order of their names."""
-    delta: dict[str, Tensor | LowRank] = {}
+    forms: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors):
         kind, _, name = key.partition(".")
-        if kind == "up":
-            up, down = tensors[key], tensors.get(f"down.{name}")
-            if down is None or up.ndim != 2 or down.ndim < 2 or up.shape[1] != len(down):
-                raise ValueError(f"the two factors of the change of {name} do not belong together")
-            delta[name] = LowRank(up, down)
-        elif kind == "delta":
-            delta[name] = tensors[key]
+        if kind not in ("delta", "up", "down"):
+            raise ValueError(f"{_short(key)} is no tensor of a customization")
+        forms.setdefault(name, {})[kind] = tensors[key]
+    delta: dict[str, Tensor | LowRank] = {}
+    for name, form in forms.items():
+        if set(form) not in ({"delta"}, {"up", "down"}):
+            raise ValueError(
+                f"the change of {name} is stored as {' and '.join(form)}; it must be either delta, or up and "
+                "down, two factors that belong together"
+            )
+        delta[name] = form["delta"] if "delta" in form else LowRank(**form)
     return delta
 
 
 def require_fit(customization: Customization, backbone: Backbone) -> None:
-    """Raise ValueError when `customization` was not made for `backbone`."""
+    """Raise ValueError when `customization` was not made for `backbone`, or holds what it cannot apply."""
     # Of older files too: they always named the UNet and the text encoder alone.
     if customization.backbone_identity != backbone.identity_without_filters:
         raise ValueError(
@@ -180,14 +258,47 @@ def require_fit(customization: Customization, backbone: Backbone) -> None:
             f"{customization.backbone_name} ({customization.backbone_identity}), "
             f"not on {backbone.name} ({backbone.identity_without_filters})"
         )
-    if not customization.delta:
-        return  # the pseudo-word alone
-    parameters = parameters_of(backbone.unet, customization.part)
+    attribute, part = customization.attribute, customization.part
+    width = backbone.word_embedding(attribute.word).shape
+    _require_numbers("pseudo_word", customization.pseudo_word)
+    if customization.pseudo_word.shape != width:
+        raise ValueError(
+            f"pseudo_word is {tuple(customization.pseudo_word.shape)}; the words of {backbone.name} are "
+            f"{tuple(width)}"
+        )
+    parameters_of(backbone.unet, attribute.part)  # an unknown part is refused
+    parameters = {} if part == NO_PART else parameters_of(backbone.unet, part)
     for name, w in customization.delta.items():
+        if isinstance(w, LowRank):
+            _require_factors(name, w)
+        else:
+            _require_numbers(f"delta.{name}", w)
         if name not in parameters or parameters[name].shape != w.shape:
-            raise ValueError(
-                f"the customization changes {name} {tuple(w.shape)}, which {customization.part} has not"
-            )
+            raise ValueError(f"the customization changes {name} {tuple(w.shape)}, which {part} has not")
+
+
+def _require_numbers(name: str, w: Tensor) -> float:
+    """The largest number of a tensor without its sign; ValueError unless all are finite floating point."""
+    if w.dtype not in _DTYPES:
+        raise ValueError(f"{name} must be in floating point of at least 16 bits, not {w.dtype}")
+    largest = max(map(abs, (float(x) for x in w.float().aminmax()))) if w.numel() else 0.0
+    if not math.isfinite(largest):
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return largest
+
+
+def _require_factors(name: str, w: LowRank) -> None:
+    """Raise ValueError unless the two factors of a weight's change can be multiplied, to finite numbers."""
+    if w.up.ndim != 2 or w.down.ndim < 2 or not 0 < w.up.shape[1] == len(w.down):
+        raise ValueError(
+            f"the two factors of the change of {name} do not belong together: {tuple(w.up.shape)} and "
+            f"{tuple(w.down.shape)}"
+        )
+    largest = _require_numbers(f"up.{name}", w.up) * _require_numbers(f"down.{name}", w.down)
+    if largest * len(w.down) > _LARGEST:
+        raise ValueError(
+            f"the two factors of the change of {name} may multiply to numbers that are not finite"
+        )
 
 
 @contextmanager

@@ -1,23 +1,22 @@
 """Opening a person's image, whatever it is.
 
-The rule: the whole image is kept. It is turned the way its EXIF says, a transparent one is laid on white, its
-longer side is resized to `size` (with antialiasing), and the rest of the square is filled with the median
-colour of its border. Of an animation the first frame is taken.
+The rule: the whole image is kept. It is turned the way its EXIF says, its colours are converted to sRGB, a
+transparent one is laid on white and its alpha is its mask, its longer side is resized to `size` (with
+antialiasing), and the rest of the square is filled with the median colour of its border. Of an animation the
+first frame is taken.
 """
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-MAX_PIXELS = 100_000_000
-MIN_SIDE = 8
+from .pictures import MIN_SIDE, open_picture
 
 Source = str | Path | Image.Image | Tensor
 
@@ -36,19 +35,24 @@ def open_image_and_mask(
 ) -> tuple[Tensor, Tensor | None]:
     """`source` as `open_image` gives it, and its mask (1, size, size), 1 on the subject; None without one.
 
-    `mask` is an image of the same size, white on the subject, or a tensor (H, W) or (1, H, W) in [0, 1]; by
-    default the image's own transparency serves, where it has one. Errors as for `open_image`; ValueError also
-    when the mask's size differs from the image's, or nothing is left inside it.
+    `mask` is an image of the same size, white on the subject or with the subject cut out on transparency, or
+    a tensor (H, W) or (1, H, W) in [0, 1]; by default the image's own transparency serves, where it has one.
+    Errors as for `open_image`; ValueError also when the mask's size differs from the image's, or nothing is
+    left inside it, and for an image that is fully transparent.
     """
     if isinstance(source, Tensor):
         pixels, alpha = _checked_tensor(source), None
         full_size = tuple(pixels.shape[-2:])
         pixels = _fit(pixels, size).clamp(-1, 1)
     else:
-        picture = _open(source)
+        picture = open_picture(source)
         full_size = (picture.height, picture.width)
+        if picture.mode == "RGBA" and picture.getextrema()[3][1] == 0:
+            raise ValueError(f"{_named(source)} is fully transparent: there is nothing in it to learn")
         picture = _shrink(picture, size)
         alpha = _to_tensor(picture.getchannel("A")) if picture.mode == "RGBA" else None
+        if alpha is not None and alpha.min() >= 0.5:
+            alpha = None  # a haze all over, or rounded corners: no outline
         pixels = _to_tensor(_on_white(picture)) * 2 - 1
     if mask is not None:
         alpha = _open_mask(mask, full_size, size)
@@ -58,7 +62,12 @@ def open_image_and_mask(
         return image, None
     inside = _pad(alpha, size, torch.zeros(1))
     if inside.max() < 0.5:
-        raise ValueError("the mask is empty: it must be white (1) on the subject")
+        most = f"nothing in it is above {float(inside.max()):.2f} at {size} px"
+        if mask is None:
+            raise ValueError(
+                f"{_named(source)} is too transparent for its alpha to be its silhouette ({most}): pass mask="
+            )
+        raise ValueError(f"the mask is empty: it must be white (1) on the subject, and {most}")
     return image, inside
 
 
@@ -69,49 +78,8 @@ def image_files(folder: Path, *, deep: bool = False) -> list[Path]:
     return sorted(file for file in files if file.suffix.lower() in endings and file.is_file())
 
 
-def _open(source: str | Path | Image.Image) -> Image.Image:
-    """A whole, upright 8-bit RGB or RGBA picture of acceptable size."""
-    if isinstance(source, Image.Image):
-        return _upright(source, "the image")
-    if not isinstance(source, (str, Path)):
-        raise TypeError(f"an image is a path, a PIL image or a tensor, not {type(source).__name__}")
-    with open(source, "rb") as file, warnings.catch_warnings():
-        # Pillow warns from 89 megapixels on and refuses from 179 on; the limit here lies between.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(file)
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{source} is larger than {MAX_PIXELS // 10**6} megapixels") from error
-        except (OSError, SyntaxError) as error:  # the file is open: this is Pillow about its content
-            raise ValueError(f"{source} is not an image, or its beginning is damaged") from error
-        return _upright(picture, str(source))
-
-
-def _upright(picture: Image.Image, name: str) -> Image.Image:
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(f"{name} is larger than {MAX_PIXELS // 10**6} megapixels")
-    if min(picture.size) < MIN_SIDE:
-        raise ValueError(
-            f"{name} is {picture.width} x {picture.height} px; at least {MIN_SIDE} px are needed"
-        )
-    try:
-        return _as_rgb(ImageOps.exif_transpose(picture))
-    except (OSError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise on damaged data
-        raise ValueError(f"{name} is damaged or cut short: {error}") from error
-
-
-def _as_rgb(picture: Image.Image) -> Image.Image:
-    """`picture` in 8 bits a channel: RGBA if it can be transparent, else RGB."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        # More than 8 bits: Pillow's own conversion would clip to white instead of scaling.
-        values = np.asarray(picture, dtype=np.float64)
-        full = 1.0 if picture.mode == "F" else 65535.0
-        if values.min() < 0 or values.max() > full:
-            raise ValueError(f"a grey image of more than 8 bits must lie in 0..{full:g}")
-        return Image.fromarray(np.round(values * (255 / full)).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        return picture.convert("RGBA")
-    return picture.convert("RGB")
+def _named(source: Source) -> str:
+    return str(source) if isinstance(source, (str, Path)) else "the image"
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
@@ -176,7 +144,8 @@ def _open_mask(mask: Source, full_size: tuple[int, int], size: int) -> Tensor:
             raise ValueError(f"a mask is (H, W) or (1, H, W) in [0, 1], not {tuple(mask.shape)}")
         mask_size, values = tuple(values.shape[-2:]), _fit(values, size).clamp(0, 1)
     else:
-        picture = _open(mask).convert("L")
+        picture = open_picture(mask)
+        picture = picture.getchannel("A") if picture.mode == "RGBA" else picture.convert("L")
         mask_size, values = (picture.height, picture.width), _to_tensor(_shrink(picture, size))
     if mask_size != full_size:
         raise ValueError(

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from torch import nn
 
+NO_PART = "none"  # no part: the pseudo-word alone
+
 KINDS = {
     "attn1": ("attn1",),
     "attn2": ("attn2",),

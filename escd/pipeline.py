@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
@@ -19,8 +18,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from .backbone import Backbone, ImageTower, load_backbone
-from .customization import Customization, customized, load_customization, require_fit
+from .backbone import Backbone, ImageTower, load_backbone, load_scheduler
+from .customization import Customization, customized, load_customizations, require_fit
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ class ESCDPipeline(DiffusionPipeline):
         folder: str | Path,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         image_tower: ImageTower | str | Path | None = None,
     ) -> ESCDPipeline:
         """A pipeline from what `save_pretrained` wrote, or from any backbone `load_backbone` knows."""
@@ -125,13 +124,9 @@ class ESCDPipeline(DiffusionPipeline):
         beside = Path(folder) / "customizations"
         if not (beside / "index.json").is_file():
             return cls(backbone)
-        loaded = {
-            name: load_customization(beside / f"{name}.safetensors", backbone)
-            for name in json.loads((beside / "index.json").read_text())
-        }
+        loaded = load_customizations(beside, backbone)
         pipe = cls(backbone, loaded.pop("shape", None), loaded.pop("appearance", None), loaded.values())
-        _, scheduler = json.loads((Path(folder) / "model_index.json").read_text())["scheduler"]
-        pipe.scheduler = getattr(diffusers, scheduler).from_pretrained(Path(folder) / "scheduler")
+        pipe.scheduler = load_scheduler(folder)
         return pipe
 
     # ---- generating
@@ -298,6 +293,8 @@ class ESCDPipeline(DiffusionPipeline):
         self, shape_strength: float, appearance_strength: float, strengths: Mapping[str, float] | None
     ) -> dict[str, float]:
         """Pseudo-word -> strength, for what is loaded."""
+        if not isinstance(strengths, Mapping | None):
+            raise TypeError(f"strengths maps names of attributes to numbers, and is not {strengths!r}")
         by_name = {"shape": shape_strength, "appearance": appearance_strength}
         further = [c.attribute.name for c in self.customizations.values() if c.attribute.name not in by_name]
         for name, s in (strengths or {}).items():

@@ -29,10 +29,8 @@ from .fusion import pseudo_word
 from .halves import down_path, half_of, recomputed, up_path, with_weights
 from .images import Source, open_image_and_mask
 from .measure import foreground_mask
-from .parts import parameters_of
+from .parts import NO_PART, parameters_of
 from .world import FULL_FORMS, PATTERNS, World, captions_of
-
-NO_PART = "none"  # tune the pseudo-word alone
 
 # The prompts a reference is shown under name neither its background nor its other attribute: what they
 # named, the pseudo-word would be tied to ("{}" is the pseudo-word).
@@ -337,6 +335,17 @@ def views_of(
     return torch.where(changed, others, images), torch.where(changed, 1.0, weights), prompts
 
 
+def _warn_without_silhouette(picture: Tensor, recipe: str) -> None:
+    """Warn where a picture (3, H, W) has no silhouette that can be found: its whole frame is learnt."""
+    if foreground_mask(picture[None])[1][0]:
+        warnings.warn(
+            "no silhouette was found in the picture: its background is not plain, or nothing stands off it. "
+            f"The whole frame is learnt as the {recipe}. Where only a part of it is meant, pass mask= "
+            "(--mask), white on the subject, or a picture with the subject cut out on transparency",
+            stacklevel=3,
+        )
+
+
 def customize(
     image: Source,
     attribute: Attribute | str,
@@ -357,7 +366,8 @@ def customize(
     """Learn one attribute of one image: a pseudo-word, and the change of one part of the UNet (paper, Eq. 6).
 
     image: a path, a PIL image, or a tensor (3, H, W) in [-1, 1]; the whole frame is the reference, padded to
-    a square as `escd.images` says, unless `mask` (white on the subject) confines the loss. attribute:
+    a square as `escd.images` says, unless `mask` (white on the subject) or the image's own transparency
+    confines the loss; without them, a picture in which no silhouette is found gives a warning. attribute:
     "shape", "appearance", or an `Attribute` of your own. steps: 0 gives the attribute filter's pseudo-word,
     untuned. part: what learns, by default the attribute's own half; "none" tunes the pseudo-word alone. rank:
     learn the change at this rank, for a small file that can be exported whole; None learns it in full.
@@ -387,8 +397,8 @@ def customize(
         )
     backbone.word_embedding(attribute.word)  # an unusable word is refused before the work
     picture, inside = open_image_and_mask(image, backbone.image_size, mask)
-    if mask is None:
-        inside = None  # an image's own transparency is no wish to have the rest ignored
+    if inside is None and config.steps:
+        _warn_without_silhouette(picture, config.recipe)
     v = (
         pseudo_word(backbone, picture[None].to(backbone.device), attribute, seed=config.seed)[0]
         .float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import warnings
 from types import SimpleNamespace
@@ -13,12 +14,14 @@ import open_clip
 import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
+from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
 import escd.backbone
 from escd import Backbone, ImageTower, load_backbone
-from escd.backbone import choose_device
+from escd.backbone import choose_device, load_scheduler
 from escd.customization import load_customization
+from escd.devices import as_device
 
 # ---- loading and storing
 
@@ -239,7 +242,96 @@ def test_a_missing_image_tower_is_told_clearly(offline, tiny_folder, tmp_path, m
         load_backbone(as_published(tiny_folder, tmp_path / "sd"))
 
 
-@pytest.mark.parametrize("name", ["minni", "no/such/folder", ""])
+class Hub:
+    """A hub that answers as huggingface_hub's errors say it does."""
+
+    def __init__(self, kind, status):
+        response = SimpleNamespace(headers={}, request=None, status_code=status)
+        self.error = kind(
+            f"{status} Client Error.\n\nMore\nlines. See https://hub.invalid", response=response
+        )
+
+    def __call__(self, *_, **__):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "message"),
+    [
+        (
+            errors.RepositoryNotFoundError,
+            401,
+            "no backbone 'nobody/nothing': .*no model of that name.*log in",
+        ),
+        (errors.GatedRepoError, 403, "nobody/nothing is given only to those who agree.*log in"),
+        (errors.HfHubHTTPError, 429, r"the hub does not give nobody/nothing: 429 Client Error\."),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(kind, status, message, monkeypatch):
+    monkeypatch.setattr(escd.backbone, "snapshot_download", Hub(kind, status))
+    monkeypatch.setattr(escd.backbone, "HfApi", lambda: SimpleNamespace(model_info=Hub(kind, status)))
+    with pytest.raises(OSError, match=message) as told:
+        load_backbone("nobody/nothing")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cpu:", "cuda:99", "meta", 5])
+def test_a_device_that_is_not_there(device, tiny_folder):
+    with pytest.raises(ValueError, match=r"there is no device .* on this machine, only cpu") as told:
+        load_backbone(tiny_folder, device=device)
+    assert "\n" not in str(told.value)
+
+
+def test_cuda_without_a_gpu(tiny_folder, monkeypatch, backbone):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for ask in (lambda: load_backbone(tiny_folder, device="cuda"), lambda: backbone.to("cuda")):
+        with pytest.raises(ValueError, match=r"no device 'cuda' on this machine, only cpu$"):
+            ask()
+    assert as_device("cpu") == as_device(torch.device("cpu")) == torch.device("cpu")
+
+
+def test_a_dtype_by_its_name_and_one_that_no_backbone_runs_in(tiny_folder, backbone):
+    assert load_backbone(tiny_folder, device="cpu", dtype="float16").dtype == torch.float16
+    assert backbone.to(dtype="bfloat16").dtype == torch.bfloat16
+    for wrong in (torch.float8_e4m3fn, "fp8", "float", torch.int8, torch.complex64, 16):
+        for ask in (load_backbone, Backbone.from_pretrained):
+            with pytest.raises(ValueError, match="dtype is one of float32, float16, bfloat16, float64, not"):
+                ask(tiny_folder, dtype=wrong)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{" * 10_000, b"\xff\xfe{}", b"[" * 100_000])
+@pytest.mark.parametrize("network", ["unet", "vae", "text_encoder"])
+def test_a_configuration_that_is_none_names_its_file(network, content, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "sd", copy_function=os.link)
+    (folder / network / "config.json").unlink()
+    (folder / network / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{network}/config\.json is not"):
+        load_backbone(folder, device="cpu")
+
+
+NO_SCHEDULERS = (
+    *(["diffusers", name] for name in ("UNet2DConditionModel", "logging", "__doc__", "Mine", 3)),
+    *(["os", "system"], ["diffusers"], "DDIMScheduler", None),
+)
+
+
+@pytest.mark.parametrize("named", NO_SCHEDULERS)
+def test_what_is_no_scheduler_is_not_made(named, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder / "scheduler", tmp_path / "scheduler")
+    (tmp_path / "model_index.json").write_text(json.dumps({"scheduler": named}))
+    with pytest.raises(
+        ValueError, match=r"model_index\.json: scheduler must name one of diffusers' schedulers"
+    ):
+        load_scheduler(tmp_path)
+
+
+def test_the_scheduler_that_is_named_is_made(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder / "scheduler", tmp_path / "scheduler")
+    (tmp_path / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", "PNDMScheduler"]}))
+    assert type(load_scheduler(tmp_path)) is PNDMScheduler
+
+
+@pytest.mark.parametrize("name", ["minni", "no/such/folder", "a/..", "a/b--c", "a/b.git", ""])
 def test_a_name_that_means_nothing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="neither mini nor sd15, no folder, no hub id"):
@@ -312,6 +404,7 @@ def test_a_full_gpu_is_told_clearly(tiny_folder, monkeypatch):
     backbone = load_backbone(tiny_folder, device="cpu")
     monkeypatch.setattr(Backbone, "from_pretrained", lambda *_, **__: backbone)
     monkeypatch.setattr(Backbone, "to", full)
+    monkeypatch.setattr(escd.backbone, "as_device", torch.device)  # as if there were one
     with pytest.raises(MemoryError, match=r"does not fit.*cuda.*float16.*CPU"):
         load_backbone(tiny_folder, device="cuda")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import escd.customization
-from escd import ATTRIBUTES, Attribute, load_customization
-from escd.customization import customized, resolve_attribute
+from escd import ATTRIBUTES, Attribute, ESCDPipeline, load_customization
+from escd.artefacts import low_rank
+from escd.backbone import Backbone
+from escd.customization import LowRank, customized, load_customizations, resolve_attribute
 
 # ---- attributes
 
@@ -157,6 +160,184 @@ def test_changes_outside_the_stated_part(shape, backbone, tmp_path):
     shape.delta["conv_in.bias"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"changes conv_in\.bias \(3,\)"):
         load_customization(shape.save(tmp_path / "x.safetensors"), backbone)
+
+
+# ---- files from strangers
+
+
+@pytest.fixture(scope="module")
+def fixed(tiny_folder):
+    """A tiny backbone that these tests share, as none changes it."""
+    return Backbone.from_pretrained(tiny_folder, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def stored(fixed, tmp_path_factory):
+    """(what it says of itself, its tensors) of a file with changes in full and in factors."""
+    folder = tmp_path_factory.mktemp("stored")
+    file = low_rank(make_customization(fixed, "shape", seed=1), 2).save(folder / "x.safetensors")
+    with safe_open(file, "pt") as opened:
+        return json.loads(opened.metadata()["about"]), load_file(file)
+
+
+def refused(fixed, folder, about, tensors, field):
+    """Write a file and see that loading it names the file and the field, in one line."""
+    file = folder / "stranger.safetensors"
+    metadata = {"format": escd.customization.FORMAT}
+    if about is not None:
+        metadata["about"] = about if isinstance(about, str) else json.dumps(about)
+    save_file({name: w.clone() for name, w in tensors.items()}, file, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"stranger\.safetensors: .*{field}") as told:
+        load_customization(file, fixed)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 500
+
+
+def test_the_file_that_the_following_ones_differ_from_is_taken(fixed, stored, tmp_path):
+    about, tensors = stored
+    metadata = {"format": escd.customization.FORMAT, "about": json.dumps(about)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
+    loaded = load_customization(tmp_path / "x.safetensors", fixed)
+    assert any(isinstance(w, LowRank) for w in loaded.delta.values())
+    assert any(isinstance(w, torch.Tensor) for w in loaded.delta.values())
+
+
+@pytest.mark.parametrize("about", [None, "", "words", "[]", "3", "null", "[" * 100_000, '{"a": 1'])
+def test_what_says_nothing_of_itself(about, fixed, stored, tmp_path):
+    refused(fixed, tmp_path, about, stored[1], "about")
+
+
+WRONG = {
+    "part": (3, None, "", [], "sideways", "encoder/left", "none", "decoder"),
+    "backbone_identity": (None, 3, "", []),
+    "backbone_name": (None, 3, [], ""),
+    "steps": (-1, 2.5, "7", None, True, [7]),
+    "seed": (1.5, "1", None, False),
+    "config": ([], "x", None, 3),
+    "losses": ({}, 3, "x", None, ["0.5"], [None], [True], [[0.5]]),
+    "attribute": (None, "shape", [], {}, {"name": "shape"}),
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in WRONG.items() for v in values])
+def test_fields_that_are_not_what_they_must_be(field, value, fixed, stored, tmp_path):
+    about, tensors = stored
+    named = (
+        "conv_in" if (field, value) in (("part", "none"), ("part", "decoder")) else f"({field}|unknown part)"
+    )
+    refused(fixed, tmp_path, {**about, field: value}, tensors, named)
+
+
+@pytest.mark.parametrize(
+    "field", ["part", "backbone_identity", "backbone_name", "steps", "seed", "attribute"]
+)
+def test_fields_that_are_missing(field, fixed, stored, tmp_path):
+    about, tensors = stored
+    refused(fixed, tmp_path, {k: v for k, v in about.items() if k != field}, tensors, field)
+
+
+def test_fields_of_no_customization(fixed, stored, tmp_path):
+    refused(fixed, tmp_path, {**stored[0], "delta": {}}, stored[1], "'delta' is no field")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "../x"}, {"name": 3}, {"word": "zebra"}, {"word": None}, {"token": "m"}, {"token": "*M"},
+     {"token": ["*m"]}, {"part": "sideways"}, {"part": None}, {"more": "x"}],
+)  # fmt: skip
+def test_attributes_of_strangers(change, fixed, stored, tmp_path):
+    about, tensors = stored
+    told = "(attribute|zebra|unknown part)"
+    refused(fixed, tmp_path, {**about, "attribute": {**about["attribute"], **change}}, tensors, told)
+
+
+def other_tensors(tensors):
+    """Name -> (tensors that are wrong in one way, what the error names)."""
+    word, bias = tensors["pseudo_word"], tensors["delta.conv_in.bias"]
+    up, down = "up.conv_in.weight", "down.conv_in.weight"
+    without = {k: w for k, w in tensors.items() if k not in (up, down)}
+    full = torch.zeros(len(tensors[up]), *tensors[down].shape[1:])
+    infinite, spoilt = bias.clone(), tensors[up].clone()
+    infinite[0], spoilt[0, 0] = float("inf"), float("nan")
+    changed = {
+        "another width": ({"pseudo_word": torch.zeros(31)}, r"pseudo_word is \(31,\)"),
+        "a scalar": ({"pseudo_word": torch.tensor(1.0)}, r"pseudo_word is \(\)"),
+        "no numbers": ({"pseudo_word": torch.zeros(0)}, "pseudo_word"),
+        "a row": ({"pseudo_word": word[None]}, "pseudo_word"),
+        "nan": ({"pseudo_word": word * float("nan")}, "pseudo_word holds numbers that are not finite"),
+        "whole numbers": ({"pseudo_word": word.long()}, "pseudo_word must be in floating point"),
+        "beyond float32": ({"pseudo_word": word.double() + 1e300}, "pseudo_word holds"),
+        "infinite": ({"delta.conv_in.bias": infinite}, r"delta\.conv_in\.bias holds numbers"),
+        "integers": ({"delta.conv_in.bias": bias.int()}, r"delta\.conv_in\.bias must be in floating"),
+        "truths": ({"delta.conv_in.bias": bias > 0}, r"delta\.conv_in\.bias must be in floating"),
+        "complex": ({"delta.conv_in.bias": bias.to(torch.complex64)}, r"delta\.conv_in\.bias must be in"),
+        "eight bits": ({"delta.conv_in.bias": bias.to(torch.float8_e4m3fn)}, r"delta\.conv_in\.bias must"),
+        "another shape": ({"delta.conv_in.bias": bias[None]}, r"changes conv_in\.bias \(1, 16\)"),
+        "another part": ({"delta.conv_out.bias": torch.zeros(4)}, r"changes conv_out\.bias"),
+        "no weight": ({"delta.conv_in.weights": bias}, r"changes conv_in\.weights"),
+        "two forms": ({"delta.conv_in.weight": full}, r"conv_in\.weight is stored as delta and down and up"),
+        "foreign": ({"lora_A": bias}, "'lora_A' is no tensor"),
+        "foreign with a dot": ({"unet.conv_in.bias": bias}, r"'unet\.conv_in\.bias' is no tensor"),
+        "no name": ({"delta": bias}, "changes "),
+        "a factor with nan": ({up: spoilt}, r"up\.conv_in\.weight holds"),
+        "whole factors": ({down: tensors[down].short()}, r"down\.conv_in\.weight must be"),
+        "of rank 0": ({up: tensors[up][:, :0], down: tensors[down][:0]}, "do not belong together"),
+        "a scalar factor": ({up: torch.tensor(1.0)}, "do not belong together"),
+        "a product beyond float32": (
+            {up: tensors[up].float() + 1e30, down: tensors[down].float() + 1e30}, "multiply to numbers"
+        ),
+    }  # fmt: skip
+    cases = {name: (tensors | change, told) for name, (change, told) in changed.items()}
+    cases["no pseudo-word"] = (
+        {k: w for k, w in tensors.items() if k != "pseudo_word"},
+        "pseudo_word is missing",
+    )
+    for name in (up, down):
+        cases[f"{name} alone"] = (without | {name: tensors[name]}, r"conv_in\.weight is stored as (up|down);")
+    return cases
+
+
+@pytest.mark.parametrize("case", list(other_tensors(defaultdict(lambda: torch.zeros(16, 2)))))
+def test_tensors_that_no_customization_has(case, fixed, stored, tmp_path):
+    about, tensors = stored
+    refused(fixed, tmp_path, about, *other_tensors(tensors)[case])
+
+
+def test_a_customization_that_was_changed_in_memory_is_refused_by_a_pipeline(fixed):
+    shape = make_customization(fixed, "shape")
+    shape.pseudo_word = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"pseudo_word is \(\)"):
+        ESCDPipeline(fixed, shape=shape)
+
+
+# ---- lists of customizations
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["../x"], ["/etc/x"], ["a/b"], [".."], [""], [3], {"shape": 1}, "shape", None, ["shape", "shape"]],
+)
+def test_a_list_cannot_lead_out_of_its_folder(names, fixed, tmp_path):
+    beside = tmp_path / "customizations"
+    beside.mkdir()
+    make_customization(fixed, "shape").save(tmp_path / "x.safetensors")
+    (beside / "index.json").write_text(json.dumps(names))
+    with pytest.raises(ValueError, match=r"index\.json lists names of attributes"):
+        load_customizations(beside, fixed)
+
+
+def test_a_list_that_is_none_and_one_that_is_mistaken(fixed, tmp_path):
+    (tmp_path / "index.json").write_text('["shape"')
+    with pytest.raises(ValueError, match=r"index\.json is not JSON"):
+        load_customizations(tmp_path, fixed)
+    (tmp_path / "index.json").write_text('["shape"]')
+    with pytest.raises(FileNotFoundError, match=r"no customization at .*shape\.safetensors"):
+        load_customizations(tmp_path, fixed)
+    made = make_customization(fixed, "appearance").save(tmp_path / "shape.safetensors")
+    with pytest.raises(ValueError, match=r"shape\.safetensors is listed as shape and holds appearance"):
+        load_customizations(tmp_path, fixed)
+    made.rename(tmp_path / "appearance.safetensors")
+    (tmp_path / "index.json").write_text('["appearance"]')
+    assert list(load_customizations(tmp_path, fixed)) == ["appearance"]
 
 
 # ---- weights that come and go

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
+from PIL import Image
 
 import escd
 from escd import tuning
@@ -534,6 +537,39 @@ def test_a_mask_confines_the_loss(backbone, picture):
     assert a.losses != b.losses
     with pytest.raises(ValueError, match="mask"):
         escd.customize(picture, "shape", backbone, mask=torch.zeros(1, size, size), progress=False)
+
+
+def test_a_cut_out_is_learnt_as_with_its_alpha_as_the_mask(backbone, tmp_path):
+    size = backbone.image_size
+    noise = np.random.default_rng(0).integers(0, 255, (size, size, 4), np.uint8)
+    noise[..., 3] = 0
+    noise[3:12, 4:10, 3] = 255
+    Image.fromarray(noise).save(tmp_path / "cut.png")
+    mask = Image.fromarray(noise[..., 3])
+    config = quick("shape", augmentation=0.5, optimizer="adamw")
+    own, given = (
+        escd.customize(tmp_path / "cut.png", "shape", backbone, mask=m, config=config, progress=False)
+        for m in (None, mask)
+    )
+    assert own.losses == given.losses
+    opaque = Image.open(tmp_path / "cut.png").convert("RGB")
+    assert escd.customize(opaque, "shape", backbone, config=config, progress=False).losses != own.losses
+
+
+def test_a_picture_without_a_silhouette_is_told_with_the_remedy(backbone, picture, blot):
+    def learn(image, **options):
+        config = quick("shape", steps=1, views=1, batch_size=1, optimizer="adamw")
+        escd.customize(image, "shape", backbone, config=config, progress=False, **options)
+
+    with pytest.warns(
+        UserWarning, match=r"no silhouette was found.*whole frame is learnt as the shape.*mask="
+    ):
+        learn(picture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn(picture, mask=torch.ones(1, *picture.shape[-2:]))
+        learn(blot[0])
+        escd.customize(picture, "shape", backbone, steps=0)  # nothing is learnt
 
 
 def test_augmentations_change_only_the_other_attribute():
