@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbone import PSEUDO_WORD, Backbone, open_safetensors
+from .files import whole
 from .parts import parameters_of
 
 FORMAT = "escd-customization-1"
@@ -112,7 +112,10 @@ class Customization:
         return word_embedding + strength * (v - word_embedding)
 
     def save(self, path: str | Path) -> Path:
-        """Write the customization, exactly as it is, to `path`, which is replaced at once or not at all."""
+        """Write the customization, exactly as it is, to `path`, which is replaced at once or not at all.
+
+        Raises OSError when it cannot be written there.
+        """
         path = Path(path)
         about = {name: getattr(self, name) for name in _ABOUT} | {"attribute": asdict(self.attribute)}
         tensors = {"pseudo_word": self.pseudo_word}
@@ -122,9 +125,8 @@ class Customization:
             else:
                 tensors[f"delta.{name}"] = w
         tensors = {name: w.detach().to("cpu").contiguous() for name, w in tensors.items()}
-        unfinished = path.with_name(path.name + ".part")
-        save_file(tensors, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
-        os.replace(unfinished, path)
+        with whole(path) as unfinished:
+            save_file(tensors, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
         return path
 
 
@@ -154,6 +156,14 @@ def load_customization(path: str | Path, backbone: Backbone) -> Customization:
     )
     require_fit(customization, backbone)
     return customization
+
+
+def steps_of(path: str | Path) -> int | None:
+    """The steps of the customization that a file holds; None for a file that is none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        with open_safetensors(Path(path)) as stored:
+            return int(json.loads((stored.metadata() or {})["about"])["steps"])
+    return None
 
 
 def _delta(tensors: dict[str, Tensor]) -> dict[str, Tensor | LowRank]:

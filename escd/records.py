@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -28,9 +27,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
+
+from .files import whole
 
 ROOT = Path(__file__).resolve().parents[1]  # the clone: figures, notebooks and paper stand beside the package
 FOLDER = ROOT / "figures" / "records"
+LOCK = ".lock"  # in the records' folder, held by whoever adds to it
 PACKAGES = ("torch", "diffusers", "open_clip_torch", "transformers", "escd")
 
 
@@ -345,16 +348,14 @@ def _read(folder: Path, kind: str) -> list[Record]:
     path = folder / f"{kind}.jsonl"
     if not path.exists():
         return []
-    with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        return _parse(file.read(), kind)
+    return _parse(path.read_bytes(), kind)
 
 
 def _parse(text: bytes, kind: str) -> list[Record]:
     """Records of a file's text; ValueError names the line that is not one."""
     names = {field.name for field in dataclasses.fields(Record)}
     found = []
-    # What follows the last newline is an append that was cut off: the next append removes it.
+    # What follows the last newline is no whole line: the next append removes it.
     for number, line in enumerate(text.split(b"\n")[:-1], start=1):
         try:
             fields = json.loads(line)
@@ -385,7 +386,10 @@ def _append(
     device: torch.device | str | None,
     again: bool,
 ) -> Record:
-    """Append one whole line under a lock; where another process was quicker, its record is returned."""
+    """Append one line; where another process was quicker, its record is returned.
+
+    The file is written anew under a lock, whole or not at all, so that nobody has to wait to read it.
+    """
     record = Record(
         kind=kind_of(config),
         key=key,
@@ -399,15 +403,12 @@ def _append(
     )
     line = (json.dumps(dataclasses.asdict(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{record.kind}.jsonl").open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
+    path = folder / f"{record.kind}.jsonl"
+    with FileLock(folder / LOCK):
+        text = path.read_bytes() if path.exists() else b""
         stored = _find(_parse(text, record.kind), key, inputs)
         if stored is not None and not again:
             return stored
-        file.truncate(text.rfind(b"\n") + 1)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+        with whole(path) as unfinished:
+            unfinished.write_bytes(text[: text.rfind(b"\n") + 1] + line)
     return record
