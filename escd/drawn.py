@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import typing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import diffusers
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from . import __version__
 
 CHUNK = "escd"  # the keyword of the PNG's text chunk
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("escd", "torch", "diffusers")}
+    return {"escd": __version__, "torch": str(torch.__version__), "diffusers": diffusers.__version__}
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def write_text(path: str | Path, text: str) -> None:
 def require_writable(path: str | Path, size: int = 0) -> None:
     """Raise OSError where a file of `size` bytes cannot be written: to ask before the work for it is done."""
     named, path = Path(path), _regular(path)
-    if path.exists() and not os.access(path, os.W_OK):
+    if os.path.exists(path) and not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, "the file there may not be changed", str(named))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {named.parent} to write {named.name} to")
@@ -170,9 +170,9 @@ def _stale(left: Path, machine: str, process: int) -> bool:
 def _regular(path: str | Path) -> Path:
     """The file behind a path and its links; OSError for a folder, a device or a pipe."""
     real = Path(os.path.realpath(path))
-    if real.is_dir():
+    if os.path.isdir(real):  # unlike Path's methods these raise nothing, such as for a name that is too long
         raise IsADirectoryError(errno.EISDIR, "this is a folder: name a file in it", str(path))
-    if real.exists() and not real.is_file():
+    if os.path.exists(real) and not os.path.isfile(real):
         raise OSError(errno.EINVAL, "this is a device or a pipe, not a file that can be replaced", str(path))
     return real
 

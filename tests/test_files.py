@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -217,6 +218,14 @@ def test_what_safetensors_cannot_write_is_an_oserror(shape, tmp_path):
         shape.save(tmp_path / "folder")
     with pytest.raises(OSError, match=r"cannot write to .*File name too long"):
         shape.save(tmp_path / ("a" * 300))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write to .*File too large"):
+            shape.save(tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == ["folder"]
 
 
 def test_what_cannot_be_written_is_kept_elsewhere(tmp_path, monkeypatch, shape, backbone):
