@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from .artefacts import export, low_rank
-from .backbone import load_backbone
+from .artefacts import export, low_rank, megabytes_at
+from .backbone import Backbone, load_backbone
 from .cost import require_memory, time_in_words, tuning_cost
-from .customization import load_customization, resolve_attribute
+from .customization import ATTRIBUTES, Customization, load_customization, resolve_attribute, steps_of
+from .drawn import Drawn, find, named, sha256
+from .ending import Ending
+from .files import require_writable, save_elsewhere, save_unused, whole
 from .images import open_image_and_mask
+from .parts import parameters_of
 from .pipeline import ESCDPipeline
-from .tuning import TuningConfig, customize
+from .tuning import NO_PART, TuningConfig, customize
+
+# What `generate` draws with where neither an option nor the picture of --like says otherwise.
+DRAWING = {
+    "negative_prompt": None,
+    "seed": 0,
+    "images": 1,
+    "steps": 25,
+    "guidance_scale": 4.0,
+    "shape_strength": 1.0,
+    "appearance_strength": 1.0,
+    "backbone": "mini",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,14 +44,32 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code: 0, or 2 after one line on what is wrong with the input."""
-    options = _parser().parse_args(arguments)
+    """Run one command; returns its exit code.
+
+    0, or 2 after one line on what is wrong with the input; 130, 143 or 129 when it was told to end by Ctrl-C,
+    SIGTERM or SIGHUP.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a console need not know the characters of a file's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        options.run(options)
+        with Ending() as ending:
+            options = _parser().parse_args(arguments)
+            options.run(options, ending)
+    except KeyboardInterrupt as told:
+        print(f"escd: {ending}{told}", file=sys.stderr)
+        return ending.code
     except (OSError, ValueError, FloatingPointError, MemoryError) as error:
         print(f"escd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _say(text: str) -> None:
+    """Print a line of the result; whoever reads it may have left before (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,17 +94,26 @@ def _parser() -> argparse.ArgumentParser:
     learn.set_defaults(run=_customize)
 
     draw = commands.add_parser("generate", help="draw images of a prompt")
-    draw.add_argument("prompt", help="*m is the customized shape, *a the customized appearance")
+    draw.add_argument("prompt", nargs="?", help="*m is the customized shape, *a the customized appearance")
+    draw.add_argument(
+        "--like",
+        type=Path,
+        metavar="FILE",
+        help="a picture drawn before: what is not said here is as it was there; alone it draws it again",
+    )
     draw.add_argument("--shape", type=Path, metavar="FILE", help="a customized shape, from escd customize")
     draw.add_argument("--appearance", type=Path, metavar="FILE", help="a customized appearance")
-    draw.add_argument("--shape-strength", type=float, default=1.0, metavar="S", help="0: none, 1: as learned")
-    draw.add_argument("--appearance-strength", type=float, default=1.0, metavar="S")
+    draw.add_argument("--shape-strength", type=float, metavar="S", help="0: none, 1 (default): as learned")
+    draw.add_argument("--appearance-strength", type=float, metavar="S")
     draw.add_argument("--negative-prompt")
-    draw.add_argument("--images", type=int, default=1, metavar="N", help="how many; default 1")
-    draw.add_argument("--seed", type=int, default=0, help="of the first image; the next ones count on")
-    draw.add_argument("--steps", type=int, default=25, help="sampling steps; default 25")
-    draw.add_argument("--guidance-scale", type=float, default=4.0)
+    draw.add_argument("--images", type=int, metavar="N", help="how many; default 1")
+    draw.add_argument("--seed", type=int, help="of the first image; the next ones count on; default 0")
+    draw.add_argument("--steps", type=int, help="sampling steps; default 25")
+    draw.add_argument("--guidance-scale", type=float, help="default 4")
     draw.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="folder for the images")
+    draw.add_argument(
+        "--overwrite", action="store_true", help="replace seed-N.png; default: write seed-N-2.png beside it"
+    )
     draw.set_defaults(run=_generate)
 
     small = commands.add_parser(
@@ -81,70 +128,171 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--backbone", default="mini", help="mini, sd15, a folder or a hub id; default mini"
         )
+    draw.set_defaults(backbone=None)
     return parser
 
 
-def _customize(options: argparse.Namespace) -> None:
+def _customize(options: argparse.Namespace, ending: Ending) -> None:
     attribute = resolve_attribute(options.attribute)
     open_image_and_mask(options.image, 64, options.mask)  # a bad image is told before the backbone is loaded
     output = options.output or Path(f"{options.image.stem}-{attribute.name}.safetensors")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"no folder {output.parent} to write {output.name} to")
+    require_writable(output)
     given = {name: getattr(options, name) for name in ("steps", "learning_rate", "rank", "seed")}
     TuningConfig.of(attribute, options.part, **given)  # and bad numbers
     backbone = load_backbone(options.backbone, filters=options.filters)
     config = TuningConfig.of(attribute, options.part, backbone, **given)
+    require_writable(output, _bytes_of(backbone, config))
     cost = tuning_cost(backbone, config)
     require_memory(cost, backbone.device)
     least = f", {time_in_words(cost)} at least" if backbone.device.type == "cpu" else ""
-    print(f"Tuning takes {cost}{least}", flush=True)
-    customization = customize(options.image, attribute, backbone, mask=options.mask, config=config)
-    customization.save(output)
-    print(f"{output}: {customization}")
+    _say(f"Tuning takes {cost}{least}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "interrupted after")  # what comes of it is said below
+        learnt = customize(
+            options.image, attribute, backbone, mask=options.mask, config=config, callback=ending.after_step
+        )
+    if ending.signal is None:
+        _say(f"{_keep(learnt, output)}: {learnt}")
+    elif not learnt.steps:
+        raise KeyboardInterrupt(" before the first step: nothing was learnt, and nothing is written")
+    else:
+        done = f" after {learnt.steps} of {config.steps} steps; what was learnt is kept in "
+        raise KeyboardInterrupt(f"{done}{_keep(learnt, output, cut_short=True)}")
 
 
-def _generate(options: argparse.Namespace) -> None:
-    if options.images < 1:
+def _bytes_of(backbone: Backbone, config: TuningConfig) -> int:
+    """About as many bytes as the file of a customization has."""
+    trained = {} if config.part == NO_PART else parameters_of(backbone.unet, config.part)
+    return int(megabytes_at(trained, config.rank or sys.maxsize) * 1e6) + 100_000  # and its header
+
+
+def _keep(learnt: Customization, output: Path, cut_short: bool = False) -> Path:
+    """Save what was learnt, and return where.
+
+    Cut short, it does not replace a file that has more steps, or that is something else. Raises OSError when
+    it could not be written to `output`, and says where it is instead.
+    """
+    try:
+        there = steps_of(output) if output.exists() else -1
+        if cut_short and (there is None or there > learnt.steps):
+            other = output.with_name(f"{output.stem}-{learnt.steps}-steps{output.suffix}")
+            return save_unused(other, learnt.save)
+        return learnt.save(output)
+    except OSError as error:
+        kept = save_elsewhere(output, learnt.save)
+        raise OSError(f"{error}; what was learnt is kept in {kept}") from error
+
+
+def _generate(options: argparse.Namespace, _ending: Ending) -> None:
+    like = None if options.like is None else Drawn.read(options.like)
+    if options.prompt is None and like is None:
+        raise ValueError("say what to draw: a prompt, or --like FILE")
+    if options.images is not None and options.images < 1:
         raise ValueError(f"--images must be from 1 on, not {options.images}")
-    for file in (options.shape, options.appearance):
-        if file is not None and not file.is_file():
-            raise FileNotFoundError(f"no customization at {file}")
-    backbone = load_backbone(options.backbone)
-    shape, appearance = (
-        None if file is None else load_customization(file, backbone)
-        for file in (options.shape, options.appearance)
-    )
-    pipe = ESCDPipeline(backbone, shape=shape, appearance=appearance)
-    seeds = range(options.seed, options.seed + options.images)
-    images = pipe(
-        options.prompt,
-        negative_prompt=options.negative_prompt,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        shape_strength=options.shape_strength,
-        appearance_strength=options.appearance_strength,
-        num_images_per_prompt=options.images,
+    _require_folder(options.output)
+    files = {name: _file_of(name, options, like) for name in ATTRIBUTES}
+    said, seeds, wanted = _settings(options, like)
+    backbone = load_backbone(said["backbone"])
+    if like is not None and options.backbone is None and backbone.identity != like.backbone_identity:
+        raise ValueError(
+            f"{options.like} was drawn on the backbone {like.backbone} ({like.backbone_identity}), which is "
+            f"not the one of that name here ({backbone.identity}): say where it is (--backbone)"
+        )
+    loaded = {n: None if file is None else load_customization(file, backbone) for n, file in files.items()}
+    about = {name: None if file is None else named(file) for name, file in files.items()}
+    about |= {f"{name}_sha256": None if file is None else sha256(file) for name, file in files.items()}
+    images = ESCDPipeline(backbone, **loaded)(
+        said["prompt"],
+        negative_prompt=said["negative_prompt"],
+        num_inference_steps=said["steps"],
+        guidance_scale=said["guidance_scale"],
+        shape_strength=said["shape_strength"],
+        appearance_strength=said["appearance_strength"],
+        num_images_per_prompt=len(seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images
-    options.output.mkdir(parents=True, exist_ok=True)
+    said |= {"first_seed": seeds[0], "images": len(seeds), "backbone": named(said["backbone"])}
+    written = []
     for seed, image in zip(seeds, images, strict=True):
-        file = options.output / f"seed-{seed}.png"
-        image.save(file)
-        print(file)
+        if seed in wanted:
+            drawn = Drawn(**said | about | {"seed": seed}, backbone_identity=backbone.identity)
+            written.append(_write(partial(drawn.save, image), options.output / f"seed-{seed}.png", options))
+    for file in written:
+        _say(str(file))
 
 
-def _export(options: argparse.Namespace) -> None:
+def _settings(options: argparse.Namespace, like: Drawn | None) -> tuple[dict, range, Sequence[int]]:
+    """How to draw, the seeds of the batch, and which of them are wanted.
+
+    What is not said is as in the picture to draw like, or else as in DRAWING. A picture comes out to the bit
+    in the batch it was drawn in.
+    """
+    names = ("prompt", *DRAWING)
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    said = DRAWING | ({} if like is None else {name: getattr(like, name) for name in names}) | given
+    if like is not None and not {"seed", "images"} & given.keys():
+        return said, range(like.first_seed, like.first_seed + like.images), (like.seed,)
+    seeds = range(said["seed"], said["seed"] + given.get("images", DRAWING["images"]))
+    return said, seeds, seeds
+
+
+def _file_of(attribute: str, options: argparse.Namespace, like: Drawn | None) -> Path | None:
+    """The customization to draw with: the one that is said, or the one the picture to draw like had."""
+    given: Path | None = getattr(options, attribute)
+    if given is not None:
+        if not given.is_file():
+            raise FileNotFoundError(f"no customization at {given}")
+        return given
+    name = None if like is None else getattr(like, attribute)
+    if name is None:
+        return None
+    digest = getattr(like, f"{attribute}_sha256")
+    found = find(name, digest, (Path("."), options.like.parent))
+    if found is None:
+        raise FileNotFoundError(
+            f"{options.like} was drawn with the {attribute} in {name} (sha256 {digest[:12]}...), which is "
+            f"neither here nor beside it: say where it is (--{attribute} FILE)"
+        )
+    return found
+
+
+def _write(save: Callable[[Path], object], path: Path, options: argparse.Namespace) -> Path:
+    """Write a picture under its name, or the next free one, and return that."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not options.overwrite:
+            return save_unused(path, save)
+        with whole(path) as unfinished:
+            save(unfinished)
+        return path
+    except OSError as error:
+        raise OSError(f"{error}; the picture is kept in {save_elsewhere(path, save)}") from error
+
+
+def _require_folder(folder: Path) -> None:
+    """Raise OSError when files cannot be written to a folder, which need not be there yet."""
+    there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is no folder to write to")
+    require_writable(there / "escd")
+
+
+def _export(options: argparse.Namespace, _ending: Ending) -> None:
     if not options.file.is_file():
         raise FileNotFoundError(f"no customization at {options.file}")
+    folder = options.output or options.file.with_suffix("")
+    _require_folder(folder)
     customization = load_customization(options.file, load_backbone(options.backbone))
     if options.rank is not None:
         customization = low_rank(customization, options.rank)
-    exported = export(customization, options.output or options.file.with_suffix(""))
-    for file in (exported.lora, exported.web_ui, exported.embedding):
-        if file is not None:
-            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    exported = export(customization, folder, options.file.stem)
+    for file in exported.files:
+        _say(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    token = customization.attribute.token
+    word = exported.trigger
+    _say(f"the word to type: in diffusers {token}, in A1111 {word}, in ComfyUI embedding:{word}")
     if exported.left_behind:
-        print(f"left behind, as a LoRA carries none: {len(exported.left_behind)} biases and norms")
+        _say(f"diffusers' LoRA carries none of {len(exported.left_behind)} changed biases and norms")
 
 
 if __name__ == "__main__":

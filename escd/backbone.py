@@ -45,6 +45,7 @@ from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenize
 
 from .devices import as_device, as_dtype
 from .encoder import feature_widths
+from .files import together
 from .fusion import AttributeFilter
 from .reading import read_object
 
@@ -409,7 +410,10 @@ class Backbone:
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write the backbone in diffusers layout, as safetensors, in `dtype` (default: as it is)."""
-        folder = Path(folder)
+        with together(folder) as scratch:
+            self._write(scratch, dtype)
+
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
         for name, module in self.modules.items():
             stored = module if dtype is None else nn.Module.to(copy.deepcopy(module), "cpu", dtype)
             if name == "text_encoder":

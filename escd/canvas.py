@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from PIL import Image
 
+from escd.files import together
 from escd.records import Record
 
 STYLE = Path(__file__).with_name("escd.mplstyle")
@@ -47,11 +48,12 @@ class Drawing(Figure):
 
     def save(self, stem: Path) -> list[Path]:
         """Write `stem`.pdf and `stem`.png with neither a date nor a version inside."""
-        paths = [stem.with_name(stem.name + ending) for ending in (".pdf", ".png")]
-        with house_style():
-            self.savefig(paths[0], metadata={"CreationDate": None, "Creator": None, "Producer": None})
-            self.savefig(paths[1], metadata={"Software": None})
-        return paths
+        names = [stem.name + ending for ending in (".pdf", ".png")]
+        with house_style(), together(stem.parent) as scratch:
+            dateless = {"CreationDate": None, "Creator": None, "Producer": None}
+            self.savefig(scratch / names[0], metadata=dateless)
+            self.savefig(scratch / names[1], metadata={"Software": None})
+        return [stem.with_name(name) for name in names]
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()

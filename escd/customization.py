@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbone import PSEUDO_WORD, Backbone, open_safetensors
+from .files import whole
 from .parts import NO_PART, parameters_of
 from .reading import json_of
 
@@ -116,7 +116,10 @@ class Customization:
         return word_embedding + strength * (v - word_embedding)
 
     def save(self, path: str | Path) -> Path:
-        """Write the customization, exactly as it is, to `path`, which is replaced at once or not at all."""
+        """Write the customization, exactly as it is, to `path`, which is replaced at once or not at all.
+
+        Raises OSError when it cannot be written there.
+        """
         path = Path(path)
         about = {name: getattr(self, name) for name in _ABOUT} | {"attribute": asdict(self.attribute)}
         tensors = {"pseudo_word": self.pseudo_word}
@@ -126,9 +129,8 @@ class Customization:
             else:
                 tensors[f"delta.{name}"] = w
         tensors = {name: w.detach().to("cpu").contiguous() for name, w in tensors.items()}
-        unfinished = path.with_name(path.name + ".part")
-        save_file(tensors, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
-        os.replace(unfinished, path)
+        with whole(path) as unfinished:
+            save_file(tensors, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
         return path
 
 
@@ -228,6 +230,12 @@ def _about(metadata: dict[str, str]) -> dict[str, Any]:
     if not isinstance(given, dict) or set(given) != set(wanted):
         raise ValueError(f"attribute must be a table of {', '.join(wanted)}, not {_short(given)}")
     return about | {"attribute": Attribute(**given)}
+def steps_of(path: str | Path) -> int | None:
+    """The steps of the customization that a file holds; None for a file that is none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        with open_safetensors(Path(path)) as stored:
+            return int(json.loads((stored.metadata() or {})["about"])["steps"])
+    return None
 
 
 def _delta(tensors: dict[str, Tensor]) -> dict[str, Tensor | LowRank]:

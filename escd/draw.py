@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from escd import backbone as backbones
-from escd import records
+from escd import files, records
 from escd.canvas import (
     APPEARANCE,
     COLUMN,
@@ -150,7 +150,8 @@ def stored_images(config: SheetConfig | ProcessConfig) -> tuple[Record, list[np.
         images, metrics = MAKERS[type(config)](config)
         folder.mkdir(parents=True, exist_ok=True)
         strip = np.concatenate(images, axis=1)  # (H, N W, 3)
-        Image.fromarray(strip).save(path, optimize=True)
+        with files.whole(path) as unfinished:
+            Image.fromarray(strip).save(unfinished, optimize=True)
         return {"images": len(images), "pixels": records.sha256(strip), **metrics}
 
     record = records.get(
@@ -705,25 +706,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def draw_figures(stems: Sequence[str], folder: Path = FIGURES) -> None:
     """Draw each stem as PDF and PNG, and say in manifest.json what it was made from."""
     manifest = folder / "manifest.json"
-    entries = json.loads(manifest.read_text()) if manifest.exists() else {}
+    entries = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     progress = tqdm(stems, unit="figure")
     for stem in progress:
         progress.set_description(stem)
         drawing = STEMS[stem].draw()
-        files = drawing.save(folder / stem)
+        drawn = drawing.save(folder / stem)
         made = {
             "notebook": STEMS[stem].notebook,
             "records": [record.key for record in drawing.records],
             "commit": records.commit(),
             "versions": records.versions() | {"matplotlib": matplotlib.__version__},
-            "sha256": {file.name: records.sha256(file) for file in files},
+            "sha256": {file.name: records.sha256(file) for file in drawn},
         }
         before = entries.get(stem, {})
         if made | {"commit": None} != before | {"commit": None}:  # else it is as it was, and keeps its commit
             entries[stem] = made
         # after every figure, so that the manifest holds whatever else goes wrong
         text = json.dumps({stem: entries[stem] for stem in STEMS if stem in entries}, indent=1)
-        manifest.write_text(text + "\n")
+        files.write_text(manifest, text + "\n")
 
 
 if __name__ == "__main__":

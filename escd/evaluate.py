@@ -27,6 +27,7 @@ from . import measure, records
 from .backbone import OPENCLIP, Backbone, load_backbone, open_clip_file
 from .cost import require_memory, tuning_cost
 from .customization import ATTRIBUTES, resolve_attribute
+from .files import whole
 from .images import image_files, open_image_and_mask
 from .pipeline import ESCDPipeline
 from .tuning import TuningConfig, customize
@@ -219,7 +220,8 @@ def evaluate(
     folder = output / f"{subject.name}-{attribute.name}" / ("floor" if config.floor else "learnt")
     folder.mkdir(parents=True, exist_ok=True)
     for k, image in enumerate(images):
-        image.save(folder / f"{k:03d}.png")
+        with whole(folder / f"{k:03d}.png") as unfinished:
+            image.save(unfinished)
     reference = ((picture.cpu() / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
     silhouette = None if inside is None else inside[0].cpu()
     return scorers.score(images, texts, Image.fromarray(reference), silhouette)

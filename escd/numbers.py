@@ -25,6 +25,7 @@ from . import backbone as backbones
 from . import records
 from .cost import relative
 from .customization import ATTRIBUTES, Customization
+from .files import write_text
 from .judges import HEADS
 from .kept import learn_now
 from .measure import Interval, paired_bootstrap
@@ -595,14 +596,14 @@ def write_numbers(readme: Path = README, macros: Path = NUMBERS) -> None:
     Raises ValueError when the README lacks its marks.
     """
     values = numbers()
-    before, begin, rest = readme.read_text().partition(BEGIN)
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{readme.name} has no {BEGIN} ... {END} to put the numbers between")
-    readme.write_text(before + BEGIN + "\n" + _summary(values) + "\n" + END + after)
+    write_text(readme, before + BEGIN + "\n" + _summary(values) + "\n" + END + after)
     lines = ["% Written by `python -m escd.draw` from figures/records: do not edit."]
     lines += [rf"\escddef{{{key}}}{{{value}}}" for key, value in sorted(values.items())]
-    macros.write_text("\n".join(lines) + "\n")
+    write_text(macros, "\n".join(lines) + "\n")
 
 
 def _size_in_words(v: Mapping[str, str]) -> list[str]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .backbone import Backbone, ImageTower, load_backbone, load_scheduler
 from .customization import Customization, customized, load_customizations, require_fit
+from .files import together
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +100,15 @@ class ESCDPipeline(DiffusionPipeline):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the backbone in diffusers layout and the customizations beside it, in `folder`."""
-        folder = Path(folder)
+        with together(folder) as scratch:
+            self._write(scratch)
+
+    def _write(self, folder: Path) -> None:
         stored = copy.copy(self.backbone)
         stored.scheduler = self.scheduler  # it may have been exchanged
         stored.save_pretrained(folder)
         beside = folder / "customizations"
-        beside.mkdir(exist_ok=True)
+        beside.mkdir()
         for customization in self.customizations.values():
             customization.save(beside / f"{customization.attribute.name}.safetensors")
         names = [customization.attribute.name for customization in self.customizations.values()]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -33,9 +32,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
+
+from .files import whole
 
 ROOT = Path(__file__).resolve().parents[1]  # the clone: figures, notebooks and paper stand beside the package
 FOLDER = ROOT / "figures" / "records"
+LOCK = ".lock"  # in the records' folder, held by whoever adds to it
 PACKAGES = ("torch", "diffusers", "open_clip_torch", "transformers", "escd")
 
 
@@ -421,9 +424,7 @@ def _read(folder: Path, kind: str | type) -> list[Record]:
     path = folder / f"{kind if isinstance(kind, str) else kind_of(kind)}.jsonl"
     if not path.exists():
         return []
-    with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        return _parse(file.read(), kind)
+    return _parse(path.read_bytes(), kind)
 
 
 def _parse(text: bytes, kind: str | type) -> list[Record]:
@@ -432,7 +433,7 @@ def _parse(text: bytes, kind: str | type) -> list[Record]:
     names = {field.name for field in dataclasses.fields(Record)}
     newer = {"date", "learnt"}  # which the oldest records do not have
     found = []
-    # What follows the last newline is an append that was cut off: the next append removes it.
+    # What follows the last newline is no whole line: the next append removes it.
     for number, line in enumerate(text.split(b"\n")[:-1], start=1):
         try:
             fields = json.loads(line)
@@ -467,7 +468,10 @@ def _append(
     again: bool,
     learnt: Mapping[str, Mapping[str, Any]],
 ) -> Record:
-    """Append one whole line under a lock; where another process was quicker, its record is returned."""
+    """Append one line; where another process was quicker, its record is returned.
+
+    The file is written anew under a lock, whole or not at all, so that nobody has to wait to read it.
+    """
     record = Record(
         kind=kind_of(config),
         key=key,
@@ -483,15 +487,12 @@ def _append(
     )
     line = (json.dumps(dataclasses.asdict(record), ensure_ascii=False, allow_nan=False) + "\n").encode()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{record.kind}.jsonl").open("ab+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        text = file.read()
+    path = folder / f"{record.kind}.jsonl"
+    with FileLock(folder / LOCK):
+        text = path.read_bytes() if path.exists() else b""
         stored = _find(_parse(text, type(config)), key, inputs)
         if stored is not None and not again:
             return stored
-        file.truncate(text.rfind(b"\n") + 1)
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+        with whole(path) as unfinished:
+            unfinished.write_bytes(text[: text.rfind(b"\n") + 1] + line)
     return record

@@ -115,19 +115,83 @@ def test_plain_diffusers_draws_the_same_picture_from_an_exported_customization(
     assert (theirs - ours).abs().max() < 1e-3
 
 
-def test_what_a_lora_cannot_carry_is_listed(backbone, shape, tmp_path):
+def test_what_diffusers_lora_cannot_carry_is_listed(shape, tmp_path):
     done = export(shape, tmp_path)
     assert set(done.left_behind) == {n for n, w in shape.delta.items() if w.ndim == 1}
     written = load_file(done.lora)
     names = {n.removeprefix("unet.").split(".lora_")[0] for n in written}
     assert names == {n.removesuffix(".weight") for n, w in shape.delta.items() if w.ndim > 1}
-    for name in load_file(done.web_ui):
-        assert name.startswith("lora_unet_") and name.split(".", 1)[1] in (
-            "lora_down.weight",
-            "lora_up.weight",
-            "alpha",
-        )
     assert load_file(done.embedding)["*m"].shape == (1, len(shape.pseudo_word))
+
+
+def read_as_web_interfaces_do(file, unet) -> dict[str, torch.Tensor]:
+    """The change of each parameter that ComfyUI's `load_lora` reads from a file; none may be left over."""
+    found, read = load_file(file), {}
+    for module in {name.rpartition(".")[0] for name, _ in unet.named_parameters()}:
+        x = "lora_unet_" + module.replace(".", "_")
+        if f"{x}.lora_up.weight" in found:
+            up, down, alpha = (found.pop(f"{x}.{k}") for k in ("lora_up.weight", "lora_down.weight", "alpha"))
+            change = up.float().flatten(1) @ down.float().flatten(1) * (alpha / len(down))
+            read[f"{module}.weight"] = change.view(unet.get_parameter(f"{module}.weight").shape)
+        for parameter, kinds in {"weight": ("diff", "w_norm"), "bias": ("diff_b", "b_norm")}.items():
+            for kind in kinds:
+                if (change := found.pop(f"{x}.{kind}", None)) is not None:
+                    assert f"{module}.{parameter}" not in read
+                    read[f"{module}.{parameter}"] = change.float()
+    assert {name.split(".")[0] for name in found} <= {"lora_unet_out_0"}, "A1111's name for conv_norm_out"
+    return read
+
+
+@pytest.mark.parametrize("attribute", ["shape", "appearance"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_nothing_is_left_behind_in_the_web_interfaces(attribute, rank, backbone, tmp_path, request):
+    learnt = request.getfixturevalue(attribute)
+    learnt = learnt if rank is None else low_rank(learnt, rank)
+    done = export(learnt, tmp_path)
+    read = read_as_web_interfaces_do(done.web_ui, backbone.unet)
+    assert read.keys() == learnt.delta.keys()
+    for name, w in learnt.delta.items():
+        torch.testing.assert_close(read[name], w.float(), rtol=1e-3, atol=1e-4)
+    written = load_file(done.web_ui)
+    if attribute == "appearance":
+        for kind in ("w_norm", "b_norm"):
+            assert torch.equal(written[f"lora_unet_out_0.{kind}"], written[f"lora_unet_conv_norm_out.{kind}"])
+    # A1111 reads no norm without both halves, and no bias without its weight in full.
+    halves = [{n.split(".")[0] for n in written if n.endswith(end)} for end in (".w_norm", ".b_norm")]
+    assert halves[0] == halves[1] and halves[0]
+    if rank is None:
+        assert {n[:-2] for n in written if n.endswith(".diff_b")} <= written.keys()
+
+
+def test_several_exports_share_a_folder(shape, appearance, tmp_path):
+    exported = [export(shape, tmp_path), export(appearance, tmp_path)]
+    exported += [export(learnt, tmp_path, "a horse (2)") for learnt in (shape, appearance)]
+    assert [done.trigger for done in exported] == [
+        "shape-embedding",
+        "appearance-embedding",
+        "a-horse-2-shape-embedding",
+        "a-horse-2-appearance-embedding",
+    ]
+    assert len(list(tmp_path.iterdir())) == 12 == sum(len(done.files) for done in exported)
+    assert list(load_file(exported[0].embedding)) == ["*m"]
+    assert export(shape, tmp_path, "horse-shape").web_ui.name == "horse-shape-lora.safetensors"
+
+
+def test_an_interrupted_export_leaves_the_old_one(shape, appearance, tmp_path, monkeypatch):
+    done = export(shape, tmp_path)
+    before = {file.name: file.read_bytes() for file in done.files}
+    shape.pseudo_word = shape.pseudo_word + 1
+
+    def dies(tensors, file, metadata):
+        if "lora" in file.name:
+            file.write_bytes(b"half a")
+            raise OSError(28, "No space left on device")
+        save_file(tensors, file, metadata=metadata)
+
+    monkeypatch.setattr("escd.artefacts.save_file", dies)
+    with pytest.raises(OSError, match="No space left"):
+        export(shape, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_what_only_this_project_can_draw_is_not_exported(appearance, tmp_path):

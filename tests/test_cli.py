@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from escd import ESCDPipeline, load_backbone, load_customization
-from escd.__main__ import main
+from escd import ESCDPipeline, TuningConfig, customize, load_backbone, load_customization
+from escd.__main__ import _bytes_of, main
+from escd.customization import steps_of
+from escd.ending import Ending
 
 
 @pytest.fixture
@@ -80,9 +89,12 @@ def test_export_writes_what_other_programs_read(picture, here, tiny_folder, caps
     assert main(["customize", str(picture), *learning, *base]) == 0
     assert main(["export", "look.safetensors", "--rank", "2", *base]) == 0
     said = capsys.readouterr().out
-    for name in ("pytorch_lora_weights", "lora", "embedding"):
-        assert (here / "look" / f"{name}.safetensors").is_file() and f"{name}.safetensors" in said
-    assert "biases and norms" in said
+    for kind in ("diffusers", "lora", "embedding"):
+        name = f"look-appearance-{kind}.safetensors"
+        assert (here / "look" / name).is_file() and name in said
+    assert "biases and norms" in said and "in ComfyUI embedding:look-appearance-embedding" in said
+    assert main(["export", "look.safetensors", "--output", "look.safetensors", *base]) == 2
+    assert "look.safetensors is no folder to write to" in capsys.readouterr().err
 
 
 def test_generate_without_customizations(here, tiny_folder):
@@ -110,6 +122,20 @@ ERRORS = {
     "no such folder": (
         ["customize", "horse.png", "--attribute", "shape", "--output", "no/x.safetensors"],
         "no folder no",
+    ),
+    "output is a folder": (
+        ["customize", "horse.png", "--attribute", "shape", "--output", "."],
+        "this is a folder: name a file in it: '.'",
+    ),
+    "output's name is too long": (
+        ["customize", "horse.png", "--attribute", "shape", "--output", "x" * 300],
+        "nothing can be written there: File name too long: 'xxx",
+    ),
+    "pictures to a file": (["generate", "a star", "--output", "horse.png"], "horse.png is no folder"),
+    "nothing to draw": (["generate"], "say what to draw: a prompt, or --like FILE"),
+    "like a picture that does not say": (
+        ["generate", "--like", "horse.png"],
+        "horse.png does not say how it was drawn",
     ),
     "mask of another size": (
         ["customize", "horse.png", "--attribute", "shape", "--mask", "small.png"],
@@ -166,3 +192,205 @@ def test_as_a_command(here):
     ran = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(root)})
     assert ran.returncode == 2 and ran.stdout == ""
     assert ran.stderr == "escd: error: [Errno 2] No such file or directory: 'none.png'\n"
+
+
+# ---- what can go wrong with files
+
+
+def refuse(*_, **__):
+    pytest.fail("it was tuned all the same")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the folder of a Linux kernel")
+def test_where_nothing_can_be_written_nothing_is_tuned(picture, here, tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr("escd.__main__.load_backbone", refuse)
+    command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
+    assert main([*command, "--output", "/proc/x.safetensors"]) == 2
+    assert "nothing can be written there" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_known_before(picture, here, tiny_folder, capsys, monkeypatch):
+    monkeypatch.setattr("escd.__main__.customize", refuse)
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
+    assert main(command) == 2
+    assert "MB are to be written where 0.1 MB are free: 'horse-shape.safetensors'" in capsys.readouterr().err
+
+
+def test_the_bytes_of_a_result_are_known_before(backbone, appearance, tmp_path):
+    config = TuningConfig.of("appearance", backbone=backbone)
+    appearance.delta = {name: w.half() for name, w in appearance.delta.items()}
+    size = appearance.save(tmp_path / "x.safetensors").stat().st_size
+    assert size <= _bytes_of(backbone, config) <= size + 100_000
+
+
+def test_a_result_that_cannot_be_written_is_kept_elsewhere(picture, here, tiny_folder, capsys, monkeypatch):
+    (here / "out").mkdir()
+
+    def then_the_folder_is_gone(*arguments, **options):
+        learnt = customize(*arguments, **options)
+        (here / "out").rmdir()
+        return learnt
+
+    monkeypatch.setattr("escd.__main__.customize", then_the_folder_is_gone)
+    command = ["customize", str(picture), "--attribute", "shape", "--steps", "1"]
+    assert main([*command, "--output", "out/horse.safetensors", "--backbone", str(tiny_folder)]) == 2
+    said = capsys.readouterr().err
+    assert "what was learnt is kept in horse.safetensors" in said
+    assert steps_of("horse.safetensors") == 1
+
+
+def chunk(path) -> dict:
+    with Image.open(path) as image:
+        return json.loads(image.text["escd"])
+
+
+def test_pictures_do_not_replace_each_other_and_say_how_they_were_drawn(here, tiny_folder, shape, capsys):
+    shape.save("horse.safetensors")
+    base = ["--steps", "2", "--backbone", str(tiny_folder)]
+    drawing = ["--shape", "horse.safetensors", "--shape-strength", "0.5", "--negative-prompt", "blue"]
+    assert main(["generate", "a *m shape", *drawing, "--seed", "3", "--images", "2", *base]) == 0
+    assert main(["generate", "a red star é", "--seed", "3", *base]) == 0
+    assert capsys.readouterr().out.split() == ["seed-3.png", "seed-4.png", "seed-3-2.png"]
+    assert chunk("seed-3-2.png")["prompt"] == "a red star é"
+    about = chunk("seed-4.png")
+    digest = hashlib.sha256(Path("horse.safetensors").read_bytes()).hexdigest()
+    wanted = {
+        "prompt": "a *m shape", "negative_prompt": "blue", "seed": 4, "steps": 2, "guidance_scale": 4.0,
+        "shape_strength": 0.5, "shape": "horse.safetensors", "shape_sha256": digest, "appearance": None,
+    }  # fmt: skip
+    assert wanted.items() <= about.items() and str(here) not in json.dumps(about)
+
+    Path("elsewhere").mkdir()
+    base = ["--backbone", str(tiny_folder), "--output", "elsewhere"]
+    assert main(["generate", "--like", "seed-4.png", *base]) == 0
+    assert [path.name for path in Path("elsewhere").iterdir()] == ["seed-4.png"]
+    assert Path("elsewhere/seed-4.png").read_bytes() == Path("seed-4.png").read_bytes()
+    before = Path("seed-3.png").read_bytes()
+    assert main(["generate", "--like", "seed-3-2.png", "--overwrite", "--backbone", str(tiny_folder)]) == 0
+    assert chunk("seed-3.png")["prompt"] == "a red star é" and Path("seed-3.png").read_bytes() != before
+    assert main(["generate", "a star", "--like", "seed-4.png", "--shape-strength", "1", *base]) == 0
+    about |= {"prompt": "a star", "shape_strength": 1.0}
+    assert chunk("elsewhere/seed-4-2.png") == about
+
+    with open("horse.safetensors", "ab") as file:
+        file.write(b" ")
+    assert main(["generate", "--like", "seed-4.png", *base]) == 2
+    assert "drawn with the shape in horse.safetensors (sha256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("about", ["no json", "[]", '{"prompt": "a"}', "seed", "shape"])
+def test_a_picture_that_says_nonsense_is_refused(about, here, tiny_folder, capsys):
+    assert main(["generate", "a star", "--steps", "1", "--backbone", str(tiny_folder)]) == 0
+    if about in ("seed", "shape"):
+        about = json.dumps(chunk("seed-0.png") | {about: [1]})
+    text = PngInfo()
+    text.add_text("escd", about)
+    Image.new("RGB", (4, 4)).save("odd.png", pnginfo=text)
+    assert main(["generate", "--like", "odd.png"]) == 2
+    assert "odd.png" in capsys.readouterr().err
+
+
+def test_a_console_may_know_few_characters(picture, here, tiny_folder, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    picture = picture.rename(here / "cheval-é.png")
+    command = ["customize", str(picture), "--attribute", "shape", "--steps", "1"]
+    assert main([*command, "--backbone", str(tiny_folder)]) == 0
+    console.flush()
+    assert rb"cheval-\xe9-shape.safetensors" in console.buffer.getvalue()
+    assert steps_of("cheval-é-shape.safetensors") == 1
+
+
+# ---- told to end
+
+
+def told(number: int, at: int):
+    """`customize` that is sent a signal after a step; at 0 before the first one."""
+
+    def learn(*arguments, callback, **options):
+        def after(step, loss):
+            if step == at:
+                os.kill(os.getpid(), number)
+            return callback(step, loss)
+
+        if at == 0:
+            os.kill(os.getpid(), number)
+        return customize(*arguments, callback=after, **options)
+
+    return learn
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "hung up"),
+    ],
+    ids=str,
+)
+def test_told_to_end_it_keeps_what_it_has(
+    number, code, word, picture, here, tiny_folder, capsys, monkeypatch
+):
+    command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
+    result = Path("horse-shape.safetensors")
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr("escd.__main__.customize", told(number, 0))
+    assert main([*command, "--steps", "5"]) == code and not result.exists()
+    assert capsys.readouterr().err.splitlines()[-1] == f"escd: {word}"
+    monkeypatch.setattr("escd.__main__.customize", told(number, 2))
+    assert main([*command, "--steps", "5"]) == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"escd: {word} after 2 of 5 steps; what was learnt is kept in {result}"
+    assert steps_of(result) == 2
+    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+def test_what_had_more_steps_is_not_replaced(picture, here, tiny_folder, capsys, monkeypatch):
+    command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
+    command += ["--steps", "4"]
+    result = Path("horse-shape.safetensors")
+    monkeypatch.setattr("escd.__main__.customize", told(signal.SIGINT, 3))
+    assert main(command) == 130 and steps_of(result) == 3
+    before = result.read_bytes()
+    for at, kept in ((2, "horse-shape-2-steps"), (2, "horse-shape-2-steps-2"), (0, None)):
+        monkeypatch.setattr("escd.__main__.customize", told(signal.SIGTERM, at))
+        assert main(command) == 143 and result.read_bytes() == before
+        assert kept is None or f"is kept in {kept}.safetensors" in capsys.readouterr().err
+        assert kept is None or steps_of(f"{kept}.safetensors") == 2
+    result.write_text("something else")
+    monkeypatch.setattr("escd.__main__.customize", told(signal.SIGTERM, 2))
+    assert main(command) == 143 and result.read_text() == "something else"
+
+
+def test_a_second_signal_ends_at_once(picture, here, tiny_folder, capsys, monkeypatch):
+    ending = Ending()
+    with ending:
+        assert ending.after_step(1, 0.5) is False
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ending.after_step(2, 0.5) is True and ending.code == 143
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert ending.code == 130
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with Ending() as ending:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert ending.signal is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_interrupted_drawing_is_one_line(here, tiny_folder, capsys, monkeypatch):
+    def interrupted(self, *_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(ESCDPipeline, "__call__", interrupted)
+    assert main(["generate", "a star", "--backbone", str(tiny_folder)]) == 130
+    assert capsys.readouterr().err == "escd: interrupted\n"
+    assert not list(here.glob("*.png"))

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..backbone import choose_device
+from ..files import together, whole, write_text
 from ..tuning import runs_in
 
 RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "pretrain"
@@ -193,8 +194,8 @@ def train(
             "scores": scores,
             "earlier": earlier,
         }
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        with whole(path) as unfinished:
+            torch.save(state, unfinished)
 
     def evaluate() -> None:
         if not accelerator.is_main_process:
@@ -205,11 +206,12 @@ def train(
         try:
             with torch.no_grad(), accelerator.autocast():
                 scores.append({"images": seen, "seconds": round(seconds, 1), **stage.evaluate()})
-                stage.grid(folder / f"{seen:08d}.png")
-                stage.export(weights)
+                with together(folder) as scratch:
+                    stage.grid(scratch / f"{seen:08d}.png")
                 kept = folder / "checkpoints" / f"{offset + seen:08d}"  # named by the images of all trainings
-                kept.mkdir(parents=True, exist_ok=True)
-                stage.export(kept)
+                for place in (weights, kept):
+                    with together(place) as scratch:
+                        stage.export(scratch)
         finally:
             stage.module.train()
             ema.restore(parameters)
@@ -267,7 +269,7 @@ def train(
                 curve.append({"images": seen, "seconds": round(seconds, 1), **point})
                 bar.set_postfix(point, refresh=False)
                 if not bar.disable:
-                    (folder / "curve.json").write_text(json.dumps(curve))
+                    write_text(folder / "curve.json", json.dumps(curve))
             if due and seen >= due[0]:
                 due = [d for d in due if d > seen]
                 evaluate()
@@ -295,7 +297,7 @@ def train(
         written = weights / "training.json"
         records = json.loads(written.read_text()) if written.exists() else {}
         records[stage.name] = record
-        written.write_text(json.dumps(records, indent=1) + "\n")
+        write_text(written, json.dumps(records, indent=1) + "\n")
     return record
 
 

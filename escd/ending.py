@@ -1,0 +1,58 @@
+"""How a command ends when it is told to: by Ctrl-C, by SIGTERM, or by SIGHUP when its terminal is closed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
+
+
+class Ending:
+    """While it is open, any of the signals raises KeyboardInterrupt, so that there is one way to end.
+
+    Once `after_step` has been called there is something to keep: from then on the first signal is only noted,
+    `after_step` asks for the end, and what follows (such as saving) is not disturbed. A second one raises.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._learnt = False
+        self._before: dict[signal.Signals, object] = {}
+        # Writing to a terminal that was closed is an error; to what else stands there it is not.
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+
+    @property
+    def code(self) -> int:
+        """The exit code: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+        return 128 + (self.signal or signal.SIGINT)
+
+    def __str__(self) -> str:
+        return WORDS[(self.signal or signal.SIGINT).name]
+
+    def after_step(self, _step: int, _loss: float) -> bool:
+        """The callback of `escd.customize`: whether it is to end here."""
+        self._learnt = True
+        return self.signal is not None
+
+    def __enter__(self) -> Ending:
+        if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
+            for each in (getattr(signal, name) for name in WORDS if hasattr(signal, name)):
+                if signal.getsignal(each) is not signal.SIG_IGN:  # such as under nohup
+                    self._before[each] = signal.signal(each, self._told)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _told(self, number: int, _frame: FrameType | None) -> None:
+        again, self.signal = self.signal is not None, signal.Signals(number)
+        if self.signal.name == "SIGHUP":
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            for terminal in self._terminals:
+                os.dup2(nothing, terminal)
+        if again or not self._learnt:
+            raise KeyboardInterrupt
