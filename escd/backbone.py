@@ -10,10 +10,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,8 +40,9 @@ from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
+from . import prompts as reading
 from .devices import as_device, as_dtype
 from .encoder import feature_widths
 from .files import together
@@ -94,10 +94,6 @@ OPENCLIP = TowerWeights(
     revision="1a25a446712ba5ee05982a381eed697ef9b435cf",
     file="open_clip_model.safetensors",
 )
-
-PSEUDO_WORD = re.compile(r"\*[^\W\d_]\w*")
-# Whatever a pseudo-word is glued to in a prompt; `\w` is what the tokenizer's single_word looks at.
-_STARRED = re.compile(r"[\w*]*\*[^\W\d_][\w*]*")
 
 
 class ImageTower(ModelMixin, ConfigMixin):
@@ -276,6 +272,7 @@ class Backbone:
         """
         return _digest_of({"unet": self.unet.state_dict(), "text": _prefixed(self.text_encoder)})
 
+    @torch.inference_mode(False)  # whose tensors could not be tuned with
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
     ) -> Backbone:
@@ -312,99 +309,41 @@ class Backbone:
     def encode_prompt(
         self, prompts: Iterable[str] | str, pseudo_words: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Text conditioning tau(c) (B, L, D) of `prompts`; the one place where pseudo-words enter.
-
-        `pseudo_words` maps a token ("*m") to its embedding, (D,) for all prompts or (B, D), one for each;
-        gradients flow into it. Raises ValueError for a pseudo-word that is missing here, split or cut off
-        (`check_prompt`).
-        """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        pseudo_words = dict(pseudo_words or {})
-        for prompt in prompts:
-            self.check_prompt(prompt, pseudo_words)
-        ids = self.token_ids(prompts).to(self.text_encoder.device)  # (B, L)
-        return self.encode_ids(ids, pseudo_words)
+        """Text conditioning tau(c) (B, L, D) of `prompts`, with pseudo-words (`escd.prompts.encode`)."""
+        return reading.encode(self.tokenizer, self.text_encoder, prompts, pseudo_words)
 
     def encode_ids(self, ids: Tensor, pseudo_words: Mapping[str, Tensor] | None = None) -> Tensor:
-        """`encode_prompt` of token ids (B, L) on the text encoder's device, with nothing checked."""
-        replacements = []
-        for token, v in (pseudo_words or {}).items():
-            here = ids == self.tokenizer.convert_tokens_to_ids(token)  # (B, L)
-            replacements.append((here[..., None], v if v.ndim == 1 else v[:, None, :]))
-        if not replacements:
-            return self.text_encoder(ids)[0]
-        # CLIPTextModel takes no inputs_embeds and its table has no row for a pseudo-word: any row is looked
-        # up in its place, and replaced as it leaves the table.
-        for here, _ in replacements:
-            ids = ids.masked_fill(here[..., 0], 0)
-        with _replaced_rows(self.text_encoder, replacements):
-            return self.text_encoder(ids)[0]
+        """`encode_prompt` of what `token_ids` gave for the same pseudo-words, with nothing checked."""
+        return reading.encode_ids(self.text_encoder, ids, list((pseudo_words or {}).values()))
 
     def word_embedding(self, word: str) -> Tensor:
         """Embedding e(word) (D,) in the text encoder's table.
 
         Raises ValueError unless the tokenizer knows the word as one token.
         """
-        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        row = reading.word_id(self.tokenizer, word)
         table = self.text_encoder.get_input_embeddings().weight
-        if len(ids) != 1 or ids[0] in self.tokenizer.all_special_ids or ids[0] >= len(table):
+        if row is None or row >= len(table):
             raise ValueError(
                 f"{word!r} is not one token of this backbone's vocabulary, as an attribute's word must be"
             )
-        return table[ids[0]].detach().clone()
-
-    def add_token(self, token: str) -> None:
-        """Teach the tokenizer the pseudo-word `token` ("*m"); nothing changes when it knows it already."""
-        if not PSEUDO_WORD.fullmatch(token) or token != token.lower():
-            raise ValueError(f"a pseudo-word is an asterisk and a lower-case name, like '*m', not {token!r}")
-        # Without single_word, "*man" would become "*m" and "an".
-        self.tokenizer.add_tokens([AddedToken(token, single_word=True, normalized=True)])
+        return table[row].detach().clone()
 
     def pseudo_words_in(self, prompt: str) -> list[str]:
         """Whatever in `prompt` looks like a pseudo-word, with all that is glued to it, in lower case."""
-        return [match.group().lower() for match in _STARRED.finditer(prompt)]
+        return reading.starred_words(prompt)
 
     def check_prompt(self, prompt: str, loaded_tokens: Iterable[str]) -> None:
         """Raise ValueError when a pseudo-word of `prompt` is not loaded, not standing alone, or cut off."""
-        if not isinstance(prompt, str):
-            raise TypeError(f"a prompt is a string, not {type(prompt).__name__}")
-        loaded = sorted(loaded_tokens)
-        for token in loaded:
-            self.add_token(token)
-        found = self.pseudo_words_in(prompt)
-        for word in found:
-            if word in loaded:
-                continue
-            if not PSEUDO_WORD.fullmatch(word):
-                raise ValueError(
-                    f"{word!r} in the prompt: a pseudo-word is an asterisk and a name and must stand alone, "
-                    "as in 'a *m shape'"
-                )
-            begun = [token for token in loaded if word.startswith(token)]
-            hint = f"; {begun[0]!r} must stand alone, not begin a word" if begun else ""
-            raise ValueError(
-                f"the prompt has the pseudo-word {word!r}, but no customization that brings it is loaded "
-                f"(loaded: {', '.join(loaded) or 'none'}){hint}"
-            )
-        cut = self.cut_off(prompt) if found else ""
-        if behind := self.pseudo_words_in(cut):
-            raise ValueError(
-                f"the text encoder reads {self.tokenizer.model_max_length} tokens of the prompt, "
-                f"and {behind[0]!r} stands behind them"
-            )
+        reading.check_prompt(self.tokenizer, prompt, loaded_tokens)
 
-    def cut_off(self, prompt: str) -> str:
-        """What of `prompt` lies beyond the tokens the text encoder reads; mostly nothing."""
-        ids = self.tokenizer(prompt).input_ids
-        return self.tokenizer.decode(ids[self.tokenizer.model_max_length - 1 : -1])
+    def cut_off(self, prompt: str, tokens: Iterable[str] = ()) -> str:
+        """What of `prompt` lies beyond the tokens the text encoder reads; `tokens`: its pseudo-words."""
+        return reading.cut_off(self.tokenizer, prompt, tokens)
 
-    def token_ids(self, prompts: list[str]) -> Tensor:
-        """Token ids (B, L), padded and cut to the text encoder's length."""
-        length = self.tokenizer.model_max_length
-        batch = self.tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return batch.input_ids
+    def token_ids(self, prompts: list[str], tokens: Collection[str] = ()) -> Tensor:
+        """Token ids (B, L), padded and cut to the text encoder's length; `tokens`: its pseudo-words."""
+        return reading.token_ids(self.tokenizer, prompts, tokens)
 
     # ---- storing
 
@@ -429,6 +368,7 @@ class Backbone:
         (folder / "model_index.json").write_text(json.dumps(_model_index(self), indent=2) + "\n")
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -606,7 +546,7 @@ def draw_noise_levels(
     (Karras et al. 2022) with the plain error serves them better. One step in ten stays uniform, so that pure
     noise is met too.
     """
-    alpha = scheduler.alphas_cumprod.double().cpu()
+    alpha = scheduler.alphas_cumprod.cpu().double()  # an Apple GPU has no float64
     level = ((1 - alpha) / alpha.clamp(min=1e-9)).log() / 2
     share = (torch.arange(count) + torch.rand(1, generator=generator)) / count
     normal = mean + NOISE_SPREAD * torch.special.ndtri(share.double().clamp(1e-4, 1 - 1e-4))
@@ -895,19 +835,3 @@ def _prefixed(text_encoder: CLIPTextModel) -> dict[str, Tensor]:
     }
     weights.pop("text_model.embeddings.position_ids", None)  # a counter, stored by early releases only
     return weights
-
-
-@contextmanager
-def _replaced_rows(text_encoder: CLIPTextModel, replacements: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """While open, rows leaving the token table are replaced: (where (B, L, 1), by what)."""
-
-    def replace(_module: nn.Module, _inputs: tuple, rows: Tensor) -> Tensor:
-        for here, v in replacements:
-            rows = torch.where(here.to(rows.device), v.to(rows), rows)
-        return rows
-
-    hook = text_encoder.get_input_embeddings().register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        hook.remove()

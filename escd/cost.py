@@ -22,6 +22,8 @@ from .artefacts import factor_numbers
 from .backbone import Backbone
 from .halves import down_path, recomputed
 from .parts import parameters_of
+from .prompts import encode_ids, table_of
+from .skeleton import hooked
 from .tuning import LESS_MEMORY, NO_PART, Draws, TuningConfig, fast_arithmetic, predicted, runs_in
 
 WEIGHT = 4  # bytes of a number that learns; its gradient and its moments take as many each
@@ -199,14 +201,12 @@ class _Kept:
 
 def _text_activations(backbone: Backbone) -> int:
     """Bytes the text encoder keeps of one prompt for the pseudo-word's gradient."""
-    kept = _Kept([*backbone.text_encoder.parameters()])
-    table = backbone.text_encoder.get_input_embeddings()
-    handle = table.register_forward_hook(lambda _module, _inputs, rows: rows.requires_grad_())
-    try:
-        with saved_tensors_hooks(kept.keep, lambda saved: saved):
-            backbone.encode_prompt(["shape"])
-    finally:
-        handle.remove()
+    encoder = backbone.text_encoder
+    kept = _Kept([*encoder.parameters()])
+    learning = hooked(encoder, table_of(encoder), lambda _module, _inputs, rows: rows.requires_grad_())
+    ids = backbone.token_ids(["shape"]).to(encoder.device)
+    with saved_tensors_hooks(kept.keep, lambda saved: saved):
+        encode_ids(learning, ids)
     return kept.bytes
 
 

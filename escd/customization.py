@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import reduce
+from operator import add
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from .backbone import PSEUDO_WORD, Backbone, open_safetensors
+from .backbone import Backbone, open_safetensors
 from .files import whole
 from .parts import NO_PART, parameters_of
+from .prompts import PSEUDO_WORD
 from .reading import json_of
+from .skeleton import exchanged
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 FORMAT = "escd-customization-1"
 
@@ -309,27 +316,31 @@ def _require_factors(name: str, w: LowRank) -> None:
         )
 
 
-@contextmanager
-def customized(unet: nn.Module, changes: Iterable[tuple[Customization, float]]) -> Iterator[None]:
-    """While open, the weights of `unet` are W0 + sum of s dW over `changes`, pairs (customization, s).
+def customized(
+    unet: UNet2DConditionModel,
+    changes: Iterable[tuple[Customization, float]],
+    made: dict[tuple, Tensor] | None = None,
+) -> UNet2DConditionModel:
+    """A UNet with weights W0 + sum of s dW over `changes`, pairs (customization, s); `unet` is left alone.
 
-    The original tensors are put aside and put back, whatever happens meanwhile; they are never written to.
-    Not for two threads at once.
+    Both share the weights that do not change. `made` keeps the changed ones, for further calls with the same
+    UNet and some of the same changes. A weight that an adapter (LoRA) is put around is found by its old name.
     """
-    total: dict[str, Tensor] = {}
+    made = {} if made is None else made
+    changing: dict[str, list[tuple[Customization, float]]] = {}
     for customization, strength in changes:
-        if strength == 0:
-            continue
-        for name, dw in customization.delta.items():
-            step = strength * dw.float()
-            total[name] = total[name] + step if name in total else step
-    parameters = {name: p for name, p in unet.named_parameters() if name in total}
-    originals = {name: p.data for name, p in parameters.items()}
-    try:
-        for name, p in parameters.items():
-            w0 = originals[name]
-            p.data = (w0.float() + total[name].to(w0.device)).to(w0.dtype)
-        yield
-    finally:
-        for name, p in parameters.items():
-            p.data = originals[name].to(p.device)  # offloading may have moved the network since
+        if strength != 0:
+            for name in customization.delta:
+                changing.setdefault(name, []).append((customization, strength))
+    parameters = {name.replace(".base_layer.", "."): (name, p) for name, p in unet.named_parameters()}
+    if missing := [name for name in changing if name not in parameters]:
+        raise ValueError(f"the UNet has no {missing[0]}, which a customization changes")
+    weights = {}
+    for name, steps in changing.items():
+        own_name, w0 = parameters[name]
+        key = (name, *((id(customization), strength) for customization, strength in steps))
+        if key not in made:
+            total = reduce(add, (strength * c.delta[name].float() for c, strength in steps))
+            made[key] = (w0.detach().float() + total.to(w0.device)).to(w0.dtype)
+        weights[own_name] = made[key]
+    return exchanged(unet, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,7 +69,8 @@ def extract_features(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, *x_0.shape[1:], generator=generator).to(x_0).expand_as(x_0)
     t = torch.full((len(x_0),), timestep, device=x_0.device)
-    x_t = backbone.scheduler.add_noise(x_0, noise, t)
+    scheduler = copy.copy(backbone.scheduler)  # which moves its tables to where they are needed
+    x_t = scheduler.add_noise(x_0, noise, t)
     empty = backbone.encode_prompt([""]).expand(len(x_0), -1, -1)  # tau(c')
     # Eq. 3: F_down = eps_down(x_t, t, tau(c'))
     f_down = pooled(down_path(backbone.unet, x_t, t, empty), grids)

@@ -3,40 +3,75 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
+from contextlib import nullcontext
 from numbers import Integral, Real
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Generator, Tensor
-from tqdm import tqdm
+from torch import Generator, Tensor, nn
 
+from . import prompts as reading
 from .backbone import Backbone, ImageTower, load_backbone, load_scheduler
 from .customization import Customization, customized, load_customizations, require_fit
 from .files import together
+from .sampling import OF_XL, Call, Calls, Group, denoise, of_call
+from .skeleton import own
 
 logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class ESCDPipeline(DiffusionPipeline):
+# A scheduler counts its steps: it is set and copied by one call at a time.
+_SCHEDULING = threading.Lock()
+# Where weights move between a GPU and the CPU, they can only be in one place: such calls take turns.
+_OFFLOADED = threading.RLock()
+
+
+class ESCDPipeline(
+    DiffusionPipeline, StableDiffusionMixin, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin
+):
     """Text to image on a backbone with customizations: `*m` in a prompt is the shape, `*a` the appearance.
 
     A customization's strength s sets its pseudo-word's embedding to e + s (v - e) and its part's weights to
     W0 + s dW, in both branches of guidance; s = 0 is the untouched backbone, s > 1 extrapolates. Its weights
-    are in force only for prompts in which its pseudo-word stands. The backbone itself is never changed.
+    are in force only for prompts in which its pseudo-word stands.
+
+    The backbone is never changed. The pipeline's `unet`, `vae`, `text_encoder` and `image_tower` are modules
+    of its own that share the backbone's tensors until they are moved or converted, its tokenizer is a copy;
+    what is done to them (LoRA, textual inversion, FreeU, tiling) stays in this pipeline. Calls may run at the
+    same time, in threads or in each other's callbacks: each gives the bits it gives alone.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
+    _lora_loadable_modules = ("unet", "text_encoder")
+
+    # What diffusers' callbacks read and set: of the call they were called by, else of the last one.
+    num_timesteps = of_call("num_timesteps", "Steps of the call.")
+    guidance_scale = _guidance_scale = of_call("guidance_scale", "How far guidance goes; off up to 1.")
+    guidance_rescale = of_call("guidance_rescale", "Share of guidance that is scaled back (Lin et al. 2023).")
+    clip_skip = of_call("clip_skip", "Last layers of the text encoder that are left out.")
+    interrupt = _interrupt = property(
+        lambda self: self._calls.current().interrupt,
+        lambda self, value: self._calls.interrupt(value),
+        doc="Set to True in a callback, it ends the call; from another thread, all calls that run.",
+    )
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self.guidance_scale > 1
 
     def __init__(
         self,
@@ -69,9 +104,11 @@ class ESCDPipeline(DiffusionPipeline):
             require_fit(customization, backbone)
             self.customizations[attribute.token] = customization
         self.backbone = backbone
-        # A scheduler counts its steps: it gets its own, the backbone's is left alone.
+        self._calls = Calls()
+        self._brought = {name: own(m) for name, m in backbone.components.items() if isinstance(m, nn.Module)}
         scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config)
-        self.register_modules(**backbone.components | {"scheduler": scheduler})
+        tokenizer = reading.copy_of(backbone.tokenizer)
+        self.register_modules(**self._brought, tokenizer=tokenizer, scheduler=scheduler)
 
     @classmethod
     def _get_signature_keys(cls, obj: object) -> tuple[KeysView[str], KeysView[str]]:
@@ -80,13 +117,14 @@ class ESCDPipeline(DiffusionPipeline):
         modules = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "image_tower")
         return dict.fromkeys(modules).keys(), {}.keys()
 
-    def to(self, *args: object, **kwargs: object) -> ESCDPipeline:
-        """Move the pipeline, and with it the backbone it was made from, as `DiffusionPipeline.to` does."""
-        if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
-            self.backbone.identity  # noqa: B018  remembered before the weights are rounded
-        super().to(*args, **kwargs)
-        self.backbone.to(self.device, self.dtype)  # the attribute filters too
-        return self
+    def enable_model_cpu_offload(self, *args: object, **kwargs: object) -> None:
+        """Keep each network on the CPU until it is needed. The backbone itself stays where it was loaded."""
+        if self.backbone.device.type != "cpu":
+            logger.warning(
+                "the backbone keeps its memory on %s: load it on the CPU to offload all of it (device='cpu')",
+                self.backbone.device,
+            )
+        super().enable_model_cpu_offload(*args, **kwargs)
 
     def enable_sequential_cpu_offload(self, *_: object, **__: object) -> None:
         """Refused: it keeps the weights where a customization cannot reach them."""
@@ -96,16 +134,41 @@ class ESCDPipeline(DiffusionPipeline):
 
     enable_group_offload = enable_sequential_cpu_offload
 
+    def load_textual_inversion(self, *args: object, **kwargs: object) -> None:
+        """Load words in diffusers' form beside the customizations, as `StableDiffusionPipeline` does.
+
+        Raises ValueError for a word that is a loaded customization's pseudo-word.
+        """
+        before = set(self.tokenizer.get_added_vocab())
+        _unshare(self.text_encoder.get_input_embeddings())
+        super().load_textual_inversion(*args, **kwargs)
+        new = set(self.tokenizer.get_added_vocab()) - before
+        if clash := sorted(new & set(self.customizations)):
+            self.unload_textual_inversion(sorted(new))
+            raise ValueError(f"{clash[0]!r} is a customization's pseudo-word: give another token=")
+
+    def fuse_lora(self, *args: object, **kwargs: object) -> None:
+        """Add loaded LoRAs to the weights, as `StableDiffusionPipeline` does; these are no longer shared."""
+        for module in (self.unet, self.text_encoder):
+            _unshare(module)
+        super().fuse_lora(*args, **kwargs)
+
     # ---- storing
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the backbone in diffusers layout and the customizations beside it, in `folder`."""
+        """Write the backbone in diffusers layout and the customizations beside it, in `folder`.
+
+        In the backbone's precision, without what `load_lora_weights` and `load_textual_inversion` brought.
+        """
         with together(folder) as scratch:
             self._write(scratch)
 
     def _write(self, folder: Path) -> None:
         stored = copy.copy(self.backbone)
-        stored.scheduler = self.scheduler  # it may have been exchanged
+        stored.scheduler = self.scheduler
+        for name, brought in self._brought.items():
+            if getattr(self, name) is not brought:  # it was exchanged
+                setattr(stored, name, getattr(self, name))
         stored.save_pretrained(folder)
         beside = folder / "customizations"
         beside.mkdir()
@@ -138,7 +201,7 @@ class ESCDPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -154,119 +217,230 @@ class ESCDPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         output_type: str = "pil",
         return_dict: bool = True,
+        *,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        clip_skip: int | None = None,
+        guidance_rescale: float = 0.0,
     ) -> ImagePipelineOutput | tuple:
         """Images of `prompt`, `num_images_per_prompt` of each, prompt by prompt, in `.images`.
 
         `strengths` maps the names of further attributes to their strengths (default 1). `height` and `width`
         are in pixels, by default the backbone's. `latents` (B, C, h, w) takes the place of drawn noise.
-        Guidance is at work above a scale of 1. Prompts with different pseudo-words need different weights, so
-        a batch that mixes them runs in groups, and `callback_on_step_end(pipe, step, t, tensors)` is called
-        in each; setting `pipe.interrupt` there ends the call early. `output_type`: "pil", "np", "pt" or
-        "latent".
+        Guidance is at work above a scale of 1; `guidance_rescale` scales that share of it back to the
+        deviation it has without guidance (Lin et al. 2023). `clip_skip` leaves out so many of the text
+        encoder's last layers. `output_type`: "pil", "np", "pt" or "latent".
 
-        Raises ValueError or TypeError, before any work, for input it cannot use.
+        `prompt_embeds` and `negative_prompt_embeds` (B, L, D), of any length L, take the place of prompts:
+        `encode_prompt` makes them, and what is longer than the text encoder reads, or weighted, is put
+        together from several. Which pseudo-words they hold cannot be seen: all loaded customizations are in
+        force at their strengths.
+
+        Prompts with different pseudo-words need different weights, so a batch that mixes them runs in groups,
+        and `callback_on_step_end(pipe, step, t, tensors)` is called in each, step by step; setting
+        `pipe.interrupt` there ends the call after that step, and the images are as far as they are.
+
+        Raises ValueError or TypeError, before any work, for input it cannot use, and FloatingPointError for
+        images that are not finite.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise ValueError("no prompt was given")
-        negatives = self._negatives(negative_prompt, len(prompts))
+        given = {"negative_prompt_embeds": negative_prompt_embeds, "prompt_embeds": prompt_embeds}
+        texts = self._texts(prompt, negative_prompt, given)
         strength_of = self._strengths(shape_strength, appearance_strength, strengths)
         height = self.backbone.image_size if height is None else height
         width = self.backbone.image_size if width is None else width
         self._check(height, width, num_inference_steps, guidance_scale, num_images_per_prompt, output_type)
-        for text in (*prompts, *negatives):
-            self.backbone.check_prompt(text, self.customizations)
-            if cut := self.backbone.cut_off(text):
-                logger.warning("the text encoder does not read so far; cut off: %r", cut)
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+        self._check_text(clip_skip, guidance_rescale)
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        known = (*self._callback_tensor_inputs, *OF_XL)
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(known):
             raise ValueError(f"unknown tensors {sorted(unknown)}; known: {self._callback_tensor_inputs}")
 
-        prompts = [p for p in prompts for _ in range(num_images_per_prompt)]
-        negatives = [n for n in negatives for _ in range(num_images_per_prompt)]
+        texts = {k: [x for x in each for _ in range(num_images_per_prompt)] for k, each in texts.items()}
         device = self._execution_device
         scale = self.backbone.vae_scale
-        shape = (len(prompts), self.unet.config.in_channels, height // scale, width // scale)
+        count = len(texts["prompt_embeds"])
+        shape = (count, self.unet.config.in_channels, height // scale, width // scale)
         x_T = self._noise(shape, generator, latents, device)  # (B, C, h, w)
+        pseudo_words = self._pseudo_words(strength_of)
 
-        changing = [t for t, c in self.customizations.items() if c.delta and strength_of[t] != 0]
-        groups: dict[tuple[str, ...], list[int]] = {}  # pseudo-words that change weights -> their images
-        for i, text in enumerate(prompts):
-            standing = self.backbone.pseudo_words_in(text)
-            groups.setdefault(tuple(t for t in changing if t in standing), []).append(i)
+        call = Call(guidance_scale, guidance_rescale, clip_skip)
+        self._calls.running.append(call)
+        with _OFFLOADED if getattr(self, "_all_hooks", None) else nullcontext():
+            try:
+                groups, made = [], {}
+                for tokens, rows in self._rows_of(texts["prompt_embeds"], strength_of).items():
+                    names = list(texts) if guidance_scale > 1 else ["prompt_embeds"]
+                    asked = {name: [texts[name][i] for i in rows] for name in names}
+                    scheduler = self._scheduler(num_inference_steps, device)
+                    group = Group(
+                        rows=rows,
+                        unet=customized(
+                            self.unet, [(self.customizations[t], strength_of[t]) for t in tokens], made
+                        ),
+                        scheduler=scheduler,
+                        x_t=x_T[rows] * scheduler.init_noise_sigma,
+                        embeds=self._embeds(asked, pseudo_words, clip_skip, device),
+                        generator=[generator[i] for i in rows] if isinstance(generator, list) else generator,
+                        guidance_scale=guidance_scale,
+                    )
+                    groups.append(group)
+                del made
+                call.num_timesteps = len(groups[0].scheduler.timesteps)
+                with self.progress_bar(total=len(groups) * num_inference_steps) as progress:
+                    denoise(
+                        groups, self, call, callback_on_step_end, callback_on_step_end_tensor_inputs, progress
+                    )
+                done = torch.empty_like(x_T)
+                for group in groups:
+                    done[group.rows] = group.x_t.to(done.dtype)
+                images = self._images(done, output_type, strength_of, guidance_scale)
+            finally:
+                self._calls.running.remove(call)
+                self._calls.last = call
+                self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-        pseudo_words = {
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        clip_skip: int | None = None,
+        shape_strength: float = 1.0,
+        appearance_strength: float = 1.0,
+        strengths: Mapping[str, float] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """prompt_embeds and negative_prompt_embeds (B, L, D), as a call makes them of these prompts.
+
+        The second is None without guidance. Embeddings of several prompts, concatenated along L, are those
+        of a longer one; e + w (x - e) gives the words of x the weight w, e being those of "".
+        """
+        texts = self._texts(prompt, negative_prompt, {"negative_prompt_embeds": None, "prompt_embeds": None})
+        self._check_text(clip_skip, 0.0)
+        if not do_classifier_free_guidance:
+            del texts["negative_prompt_embeds"]
+        texts = {k: [x for x in each for _ in range(num_images_per_prompt)] for k, each in texts.items()}
+        strength_of = self._strengths(shape_strength, appearance_strength, strengths)
+        device = self._execution_device if device is None else device
+        embeds = self._embeds(texts, self._pseudo_words(strength_of), clip_skip, device)
+        return embeds["prompt_embeds"], embeds.get("negative_prompt_embeds")
+
+    def _texts(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        given: dict[str, Tensor | None],
+    ) -> dict[str, list[str] | list[Tensor]]:
+        """Under the names in `given` a text, or the embedding (L, D) given in its place, for each prompt."""
+        for name, text, embeds in (
+            ("prompt", prompt, given["prompt_embeds"]),
+            ("negative_prompt", negative_prompt, given["negative_prompt_embeds"]),
+        ):
+            if embeds is None:
+                continue
+            width = self.unet.config.cross_attention_dim
+            if text is not None:
+                raise ValueError(f"{name} and {name}_embeds were both given; only one can be used")
+            if not isinstance(embeds, Tensor):
+                raise TypeError(f"{name}_embeds is a tensor, not {type(embeds).__name__}")
+            if embeds.ndim != 3 or embeds.shape[-1] != width or 0 in embeds.shape:
+                raise ValueError(f"{name}_embeds are {tuple(embeds.shape)}; (B, L, {width}) are needed")
+        prompts = given["prompt_embeds"]
+        if prompts is None:
+            if not isinstance(prompt, str | list | tuple):
+                raise TypeError(f"a prompt is a string, not {type(prompt).__name__}; or give prompt_embeds")
+            prompts = self._readable([prompt] if isinstance(prompt, str) else list(prompt))
+        if not len(prompts):
+            raise ValueError("no prompt was given")
+        negatives = given["negative_prompt_embeds"]
+        if negatives is None:
+            negatives = self._readable(self._negatives(negative_prompt, len(prompts)))
+        if len(negatives) != len(prompts):
+            raise ValueError(f"{len(negatives)} negative_prompt_embeds for {len(prompts)} prompts")
+        return {"negative_prompt_embeds": list(negatives), "prompt_embeds": list(prompts)}
+
+    def _readable(self, texts: list[str]) -> list[str]:
+        """Checked texts, with words of several vectors (textual inversion) written out."""
+        for text in texts:
+            reading.check_prompt(self.tokenizer, text, self.customizations)
+        with reading.reader(self.tokenizer) as reader:
+            texts = [self.maybe_convert_prompt(text, reader) for text in texts]
+        for text in texts:
+            if cut := reading.cut_off(self.tokenizer, text, self.customizations):
+                logger.warning("the text encoder does not read so far; cut off: %r", cut)
+        return texts
+
+    def _pseudo_words(self, strength_of: Mapping[str, float]) -> dict[str, Tensor]:
+        return {
             token: c.embedding(self.backbone.word_embedding(c.attribute.word), strength_of[token])
             for token, c in self.customizations.items()
         }
-        self.interrupt = False
-        done = x_T.clone()
-        try:
-            with self.progress_bar(total=len(groups) * num_inference_steps) as progress:
-                for tokens, rows in groups.items():
-                    texts = {"negative_prompt_embeds": negatives} if guidance_scale > 1 else {}
-                    texts["prompt_embeds"] = prompts
-                    embeds = {
-                        name: self.backbone.encode_prompt([text[i] for i in rows], pseudo_words).to(device)
-                        for name, text in texts.items()
-                    }
-                    changes = [(self.customizations[t], strength_of[t]) for t in tokens]
-                    with customized(self.backbone.unet, changes):
-                        done[rows] = self._denoise(
-                            x_T[rows],
-                            embeds,
-                            num_inference_steps,
-                            guidance_scale,
-                            [generator[i] for i in rows] if isinstance(generator, list) else generator,
-                            callback_on_step_end,
-                            callback_on_step_end_tensor_inputs,
-                            progress,
-                        )
-                    if self.interrupt:
-                        break
-            images = done
-            if output_type != "latent":
-                decoded = self.backbone.decode_latents(done)
-                images = VaeImageProcessor().postprocess(decoded, output_type=output_type)
-        finally:
-            self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _denoise(
+    def _rows_of(
+        self, prompts: list[str] | list[Tensor], strength_of: Mapping[str, float]
+    ) -> dict[tuple[str, ...], list[int]]:
+        """The pseudo-words that change weights -> the rows of the prompts that have just these."""
+        changing = [t for t, c in self.customizations.items() if c.delta and strength_of[t] != 0]
+        rows: dict[tuple[str, ...], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            standing = reading.starred_words(prompt) if isinstance(prompt, str) else changing
+            rows.setdefault(tuple(t for t in changing if t in standing), []).append(i)
+        return rows
+
+    def _scheduler(self, steps: int, device: torch.device) -> diffusers.SchedulerMixin:
+        """The scheduler, set to so many steps, as a copy that a group can count on."""
+        with _SCHEDULING:
+            self.scheduler.set_timesteps(steps, device=device)
+            return copy.deepcopy(self.scheduler)
+
+    def _embeds(
         self,
-        x_t: Tensor,  # (B, C, h, w), noise
-        embeds: dict[
-            str, Tensor
-        ],  # negative_prompt_embeds, where guidance is at work, and prompt_embeds: (B, L, D)
-        steps: int,
-        guidance_scale: float,
-        generator: Generator | list[Generator] | None,
-        callback: Callable | None,
-        tensor_inputs: Sequence[str],
-        progress: tqdm,
-    ) -> Tensor:
-        """Latents (B, C, h, w) of images, from noise; all customizations act in one UNet pass a step."""
-        self.scheduler.set_timesteps(steps, device=x_t.device)
-        x_t = x_t * self.scheduler.init_noise_sigma
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
-        for i, t in enumerate(self.scheduler.timesteps):
-            x_in = self.scheduler.scale_model_input(torch.cat([x_t] * len(embeds)), t)
-            # the noise, or the velocity: the scheduler knows which
-            predicted = self.unet(x_in, t, encoder_hidden_states=torch.cat(list(embeds.values()))).sample
-            if len(embeds) == 2:
-                unguided, prompted = predicted.chunk(2)
-                predicted = unguided + guidance_scale * (prompted - unguided)
-            x_t = self.scheduler.step(predicted, t, x_t, **extra).prev_sample
-            if callback is not None:
-                tensors = {"latents": x_t, **embeds}
-                tensors |= callback(self, i, t, {k: tensors[k] for k in tensor_inputs if k in tensors}) or {}
-                x_t = tensors["latents"]
-                embeds = {name: tensors[name] for name in embeds}
-            if (i + 1) % self.scheduler.order == 0:
-                progress.update()
-            if self.interrupt:
-                break
-        return x_t
+        asked: Mapping[str, list[str] | list[Tensor]],
+        pseudo_words: Mapping[str, Tensor],
+        clip_skip: int | None,
+        device: torch.device | str,
+    ) -> dict[str, Tensor]:
+        """Text conditioning (B, L, D) of texts, or of what was given in their place, all equally long."""
+
+        def encode(texts: list[str]) -> Tensor:
+            encoded = reading.encode(self.tokenizer, self.text_encoder, texts, pseudo_words, clip_skip)
+            return encoded.to(device, self.unet.dtype)
+
+        embeds = {
+            name: encode(each) if isinstance(each[0], str) else torch.stack(each).to(device, self.unet.dtype)
+            for name, each in asked.items()
+        }
+        longest = max(e.shape[1] for e in embeds.values())
+        for name, e in embeds.items():
+            if e.shape[1] < longest:  # the empty prompt follows
+                empty = encode([""]).expand(len(e), -1, -1)
+                filling = [empty] * -(-(longest - e.shape[1]) // empty.shape[1])
+                embeds[name] = torch.cat([e, *filling], 1)[:, :longest]
+        return embeds
+
+    def _images(
+        self, latents: Tensor, output_type: str, strength_of: Mapping[str, float], guidance_scale: float
+    ) -> object:
+        """Latents (B, C, h, w) as `output_type`; FloatingPointError where they are not finite."""
+        images, finite = latents, bool(latents.isfinite().all())
+        if output_type != "latent" and finite:
+            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            finite = bool(images.isfinite().all())
+        if not finite:
+            used = {f"strength of {self.customizations[t].attribute.name}": s for t, s in strength_of.items()}
+            used["guidance_scale"] = guidance_scale
+            raise FloatingPointError(
+                "the images are not finite numbers: something is too large. Take smaller values "
+                f"({', '.join(f'{name} {value:g}' for name, value in used.items())})"
+                + (", or load the backbone in float32" if latents.dtype is not torch.float32 else "")
+            )
+        if output_type == "latent":
+            return latents
+        return VaeImageProcessor().postprocess(images.clamp(-1, 1), output_type=output_type)
 
     def _noise(
         self,
@@ -275,6 +449,12 @@ class ESCDPipeline(DiffusionPipeline):
         latents: Tensor | None,
         device: torch.device,
     ) -> Tensor:
+        for one in generator if isinstance(generator, list) else [generator]:
+            if not isinstance(one, Generator | None) or (one is None and isinstance(generator, list)):
+                raise TypeError(
+                    "generator is a torch.Generator (torch.Generator().manual_seed(0)), or a list of one for "
+                    f"each image, not {type(one).__name__}"
+                )
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise ValueError(f"{len(generator)} generators for {shape[0]} images")
         if latents is None:
@@ -327,3 +507,17 @@ class ESCDPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale must be a number from 0 on, not {guidance_scale!r}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
+
+    def _check_text(self, clip_skip: int | None, guidance_rescale: float) -> None:
+        """Raise ValueError for layers that are not there, and for a share that is none."""
+        layers = self.text_encoder.config.num_hidden_layers
+        if clip_skip is not None and not (isinstance(clip_skip, Integral) and 0 <= clip_skip < layers):
+            raise ValueError(f"clip_skip is a whole number from 0 to {layers - 1}, not {clip_skip!r}")
+        if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"guidance_rescale is a share between 0 and 1, not {guidance_rescale!r}")
+
+
+def _unshare(module: nn.Module) -> None:
+    """Give a module tensors of its own, for what writes into them."""
+    for p in module.parameters():
+        p.data = p.data.clone()

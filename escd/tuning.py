@@ -20,7 +20,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, draw_noise_levels, loss_weight, target_of
@@ -346,6 +346,8 @@ def _warn_without_silhouette(picture: Tensor, recipe: str) -> None:
         )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def customize(
     image: Source,
     attribute: Attribute | str,
@@ -548,13 +550,13 @@ def _tune(
 ) -> None:
     """Change `v` and `change` in place and append to `losses`, step by step."""
     device, unet = backbone.device, backbone.unet
+    scheduler = copy.copy(backbone.scheduler)  # which moves its tables to where they are needed
     views, masks, said = views_of(picture, inside, config)
     # An autoencoder of Stable Diffusion's size needs more memory for 16 pictures than a step of tuning.
     few = 1 if backbone.large else 16
     latents = torch.cat([backbone.encode_images(x) for x in views.split(few)]).float()  # (V, 4, h, w)
     masks = F.interpolate(masks, size=latents.shape[-2:], mode="area").to(device)  # (V, 1, h, w)
     del views
-    backbone.add_token(attribute.token)
     prompts = [readable(backbone, attribute.token, each, PROMPTS[config.recipe]) for each in said]
     optimizers = _optimizers(v, change, config, fused=backbone.large)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -563,14 +565,14 @@ def _tune(
     scaler = torch.amp.GradScaler(device.type, enabled=runs_in(device, unet.dtype) is torch.float16)
     # All draws come from one generator on the CPU: the same seed is the same run on every device.
     generator = torch.Generator().manual_seed(config.seed)
-    timesteps = backbone.scheduler.config.num_train_timesteps
+    timesteps = scheduler.config.num_train_timesteps
 
     def draw(count: int) -> Draws:
         pick = torch.randint(0, len(latents), (count,), generator=generator)
         if config.noise_level is None:
             t = torch.randint(0, timesteps, (count,), generator=generator).to(device)
         else:
-            t = draw_noise_levels(backbone.scheduler, count, config.noise_level, generator).to(device)
+            t = draw_noise_levels(scheduler, count, config.noise_level, generator).to(device)
         x_0 = latents[pick.to(device)]
         noise = torch.randn(x_0.shape, generator=generator).to(device)
         u = torch.rand(count, generator=generator).tolist()
@@ -579,9 +581,9 @@ def _tune(
             dropped = (torch.rand(count, generator=generator) < config.dropout).tolist()
             said = ["" if drop else prompt for prompt, drop in zip(said, dropped, strict=True)]
         return Draws(
-            x_t=backbone.scheduler.add_noise(x_0, noise, t).to(unet.dtype),
+            x_t=scheduler.add_noise(x_0, noise, t).to(unet.dtype),
             t=t,
-            target=target_of(backbone.scheduler, x_0, noise, t),
+            target=target_of(scheduler, x_0, noise, t),
             inside=masks[pick.to(device)],
             prompts=said,
         )
@@ -604,7 +606,7 @@ def _tune(
                 out = predicted(network, change.weights(), seen, text, config.conditioning)
                 weight = seen.inside
                 if config.noise_level is None:
-                    weight = weight * loss_weight(backbone.scheduler, seen.t)[:, None, None, None]
+                    weight = weight * loss_weight(scheduler, seen.t)[:, None, None, None]
                 loss = ((out.float() - seen.target).square() * weight).mean() / seen.inside.mean()
                 scaler.scale(loss).backward()
                 for optimizer in optimizers:
@@ -698,7 +700,7 @@ def predicted(
 def readable(backbone: Backbone, token: str, said: Sequence[str], plain: Sequence[str]) -> list[str]:
     """Prompts with the pseudo-word put in, but for those the text encoder would cut; `plain` if all are."""
     written = [prompt.format(token) for prompt in said]
-    return [p for p in written if not backbone.cut_off(p)] or [prompt.format(token) for prompt in plain]
+    return [p for p in written if not backbone.cut_off(p, [token])] or [prompt.format(token) for prompt in plain]
 
 
 def runs_in(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.dtype | None:
@@ -743,12 +745,50 @@ def working_copy(
     return network
 
 
+class MathAttention(TorchFunctionMode):
+    """While open, attention runs by PyTorch's plain kernel, in this thread alone.
+
+    `torch.nn.attention.sdpa_kernel` chooses a kernel for all threads, and so the bits of what another draws.
+    """
+
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        return _plain_attention(*args, **kwargs)
+
+
+def _plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention` by its plain kernel, in autocast's dtype where that is on."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )[0]
+
+
 @contextmanager
 def fast_arithmetic(device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Arithmetic in what `runs_in` says, and on a CPU the attention kernel that is fast backwards."""
     with ExitStack() as stack:
         if device.type == "cpu":
-            stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
+            stack.enter_context(MathAttention())
         if (runs := runs_in(device, dtype)) is not None:
             # Autocast would otherwise keep the first step's rounded copies of the weights that learn.
             stack.enter_context(torch.autocast(device.type, runs, cache_enabled=False))

@@ -65,10 +65,9 @@ def test_a_low_rank_customization_is_saved_read_and_used_like_any_other(backbone
         assert torch.equal(read.delta[name].float(), w.float())
         assert isinstance(read.delta[name], LowRank) == isinstance(w, LowRank)
     before = {n: p.detach().clone() for n, p in backbone.unet.named_parameters()}
-    with customized(backbone.unet, [(read, 0.5)]):
-        for name, p in backbone.unet.named_parameters():
-            change = 0.5 * small.delta[name].float() if name in small.delta else 0
-            torch.testing.assert_close(p.detach(), before[name] + change)
+    for name, p in customized(backbone.unet, [(read, 0.5)]).named_parameters():
+        change = 0.5 * small.delta[name].float() if name in small.delta else 0
+        torch.testing.assert_close(p.detach(), before[name] + change)
     assert all(torch.equal(p, before[n]) for n, p in backbone.unet.named_parameters())
 
 

@@ -470,10 +470,12 @@ def test_two_pseudo_words(backbone):
 
 def test_encoding_leaves_no_hook_behind(backbone):
     table = backbone.text_encoder.get_input_embeddings()
+    seen = []
+    table.register_forward_hook(lambda *_: seen.append(len(table._forward_hooks)) and None)
     backbone.encode_prompt("a *m star", {"*m": torch.randn(32)})
     with pytest.raises(RuntimeError):
         backbone.encode_prompt("a *m star", {"*m": torch.randn(7)})  # does not fit
-    assert not table._forward_hooks
+    assert seen == [1, 1]  # not while it runs either
 
 
 @pytest.mark.parametrize(
@@ -497,9 +499,24 @@ def test_pseudo_words_that_would_not_work_are_refused(backbone, prompt, message)
         backbone.encode_prompt(prompt, {"*m": torch.zeros(32)})
 
 
-@pytest.mark.parametrize("prompt", ["2 * 2 star", "a star *", "2*2", "", "a *m star, *m"])
+@pytest.mark.parametrize(
+    "prompt", ["2 * 2 star", "a star *", "2*2", "", "a *m star, *m", "M*A*S*H", "a **red** star", "_*red_"]
+)
 def test_asterisks_that_are_no_pseudo_words(backbone, prompt):
     backbone.check_prompt(prompt, ["*m"])
+
+
+def test_asterisks_inside_other_words_are_refused_where_they_begin_a_known_name(backbone):
+    for prompt in ("M*A*S*H", "**a**"):
+        with pytest.raises(ValueError, match="must stand alone"):
+            backbone.check_prompt(prompt, ["*a"])
+
+
+@pytest.mark.parametrize("asterisk", "\uff0a\u2217\ufe61\u204e\u2731")
+def test_what_only_looks_like_an_asterisk_is_a_probable_slip(backbone, asterisk):
+    with pytest.warns(UserWarning, match=rf"U\+{ord(asterisk):04X}, which only looks.*write '\*m'"):
+        backbone.check_prompt(f"a {asterisk}m shape", ["*m"])
+    backbone.check_prompt(f"a {asterisk}star, 2 {asterisk} m", ["*m"])  # no name of a pseudo-word: no warning
 
 
 def test_a_prompt_is_a_string(backbone):
@@ -515,22 +532,22 @@ def test_an_attributes_word_must_be_one_token(backbone):
     for word in ("zebra", "red star", "", "<|endoftext|>", "é"):
         with pytest.raises(ValueError, match="not one token"):
             backbone.word_embedding(word)
-    backbone.add_token("*m")
+    backbone.encode_prompt("a *m star", {"*m": torch.zeros(32)})
     with pytest.raises(ValueError, match="not one token"):
         backbone.word_embedding("*m")
 
 
-def test_tokens_are_added_once_and_kept_by_saving(backbone, tmp_path):
-    backbone.add_token("*m")
-    size = len(backbone.tokenizer)
-    backbone.add_token("*m")
-    assert len(backbone.tokenizer) == size
-    assert backbone.tokenizer.tokenize("a *m *man") == ["a</w>", "*m", "*</w>", "man</w>"]
+def test_pseudo_words_are_read_by_copies_of_the_tokenizer(backbone, tmp_path):
+    before = backbone.tokenizer.backend_tokenizer.to_str()
+    backbone.encode_prompt(["a *m star", "a *man"], {"*m": torch.zeros(32), "*man": torch.zeros(32)})
+    backbone.cut_off("a *m star", ["*m"])
+    (ids,) = backbone.token_ids(["a *M! *a"], ["*a", "*m"]).tolist()
+    assert ids[2] == -2 and ids[4] == -1 and min(ids[:2] + ids[5:]) >= 0
+    (ids,) = backbone.token_ids(["a *m"]).tolist()
+    assert min(ids) >= 0  # not known here, whatever was known before
+    assert backbone.tokenizer.backend_tokenizer.to_str() == before
     backbone.save_pretrained(tmp_path)
-    assert Backbone.from_pretrained(tmp_path).tokenizer.tokenize("a *M!") == ["a</w>", "*m", "!</w>"]
-    for token in ("m", "*", "*M", "*m a", "*2"):
-        with pytest.raises(ValueError, match="asterisk and a lower-case name"):
-            backbone.add_token(token)
+    assert "*m" not in Backbone.from_pretrained(tmp_path).tokenizer.get_vocab()
 
 
 # ---- the image tower

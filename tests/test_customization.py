@@ -340,7 +340,7 @@ def test_a_list_that_is_none_and_one_that_is_mistaken(fixed, tmp_path):
     assert list(load_customizations(tmp_path, fixed)) == ["appearance"]
 
 
-# ---- weights that come and go
+# ---- changed weights
 
 
 def snapshot(unet):
@@ -353,17 +353,17 @@ def assert_untouched(unet, before):
         assert p.data_ptr() == pointer and p._version == version and torch.equal(p, values), name
 
 
-def test_weights_are_w0_plus_s_dw_inside_and_w0_outside(backbone, shape, appearance):
+def test_changed_weights_are_w0_plus_s_dw_and_the_unet_keeps_its_own(backbone, shape, appearance):
     before = snapshot(backbone.unet)
-    with customized(backbone.unet, [(shape, 0.5), (appearance, 2.0)]):
-        for name, p in backbone.unet.named_parameters():
-            w0 = before[name][2]
-            if name in shape.delta:
-                assert torch.equal(p, w0 + 0.5 * shape.delta[name])
-            elif name in appearance.delta:
-                assert torch.equal(p, w0 + 2.0 * appearance.delta[name])
-            else:
-                assert p.data_ptr() == before[name][0]
+    changed = customized(backbone.unet, [(shape, 0.5), (appearance, 2.0)])
+    for name, p in changed.named_parameters():
+        w0 = before[name][2]
+        if name in shape.delta:
+            assert torch.equal(p, w0 + 0.5 * shape.delta[name])
+        elif name in appearance.delta:
+            assert torch.equal(p, w0 + 2.0 * appearance.delta[name])
+        else:
+            assert p.data_ptr() == before[name][0]
     assert_untouched(backbone.unet, before)
 
 
@@ -371,25 +371,31 @@ def test_customizations_of_one_part_add_up(backbone, appearance):
     more = make_customization(backbone, Attribute("texture", "texture", "*t", "up.2"), seed=5)
     name = next(iter(more.delta))
     w0 = dict(backbone.unet.named_parameters())[name].detach().clone()
-    with customized(backbone.unet, [(appearance, 1.0), (more, 3.0)]):
-        w = dict(backbone.unet.named_parameters())[name]
-        torch.testing.assert_close(w.detach(), w0 + appearance.delta[name] + 3 * more.delta[name])
+    w = dict(customized(backbone.unet, [(appearance, 1.0), (more, 3.0)]).named_parameters())[name]
+    torch.testing.assert_close(w.detach(), w0 + appearance.delta[name] + 3 * more.delta[name])
 
 
 def test_strength_zero_touches_nothing(backbone, shape):
-    before = snapshot(backbone.unet)
-    with customized(backbone.unet, [(shape, 0)]):
-        assert_untouched(backbone.unet, before)
+    assert_untouched(customized(backbone.unet, [(shape, 0)]), snapshot(backbone.unet))
 
 
-def test_weights_come_back_after_an_exception(backbone, shape):
+def test_changed_weights_are_made_once_for_several_calls(backbone, shape, appearance):
+    made = {}
+    alone = dict(customized(backbone.unet, [(shape, 0.5)], made).named_parameters())
+    both = dict(customized(backbone.unet, [(shape, 0.5), (appearance, 2.0)], made).named_parameters())
+    more = dict(customized(backbone.unet, [(shape, 0.6)], made).named_parameters())
+    name = next(iter(shape.delta))
+    assert alone[name].data_ptr() == both[name].data_ptr() != more[name].data_ptr()
+
+
+def test_a_change_that_does_not_fit_is_refused(backbone, shape):
     before = snapshot(backbone.unet)
-    with pytest.raises(ZeroDivisionError), customized(backbone.unet, [(shape, 1.0)]):
-        raise ZeroDivisionError
-    assert_untouched(backbone.unet, before)
-    shape.delta["conv_in.weight"] = torch.zeros(3, 5)  # fails while the weights are being exchanged
-    with pytest.raises(RuntimeError), customized(backbone.unet, [(shape, 1.0)]):
-        pytest.fail("the block ran")
+    shape.delta["conv_in.weight"] = torch.zeros(3, 5)
+    with pytest.raises(RuntimeError):
+        customized(backbone.unet, [(shape, 1.0)])
+    shape.delta = {"conv_in.gain": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"the UNet has no conv_in\.gain"):
+        customized(backbone.unet, [(shape, 1.0)])
     assert_untouched(backbone.unet, before)
 
 
@@ -398,8 +404,8 @@ def test_half_precision_deltas(backbone, shape, tmp_path):
     file = load_file(shape.save(tmp_path / "x.safetensors"))
     assert file["delta.conv_in.weight"].dtype == torch.float16
     w0 = backbone.unet.conv_in.weight.detach().clone()
-    with customized(backbone.unet, [(shape, 1.0)]):
-        assert torch.equal(backbone.unet.conv_in.weight, w0 + shape.delta["conv_in.weight"].float())
+    changed = customized(backbone.unet, [(shape, 1.0)])
+    assert torch.equal(changed.conv_in.weight, w0 + shape.delta["conv_in.weight"].float())
 
 
 def test_the_embedding_moves_from_the_word_to_the_pseudo_word(shape, backbone):

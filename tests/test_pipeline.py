@@ -81,18 +81,19 @@ def test_a_half_is_active_only_if_its_token_stands_in_the_prompt(pipe, backbone,
     assert not np.allclose(draw(pipe, prompt), draw(pipe, prompt, shape_strength=0.5))
 
 
-def test_weights_are_left_alone_where_no_token_stands(pipe, backbone):
+def test_weights_are_those_of_the_backbone_where_no_token_stands(pipe, backbone):
     before = snapshot(backbone.unet)
-
-    def untouched(_pipe, _step, _t, tensors):
-        assert_untouched(backbone.unet, before)
-        return tensors
-
-    draw(pipe, PLAIN, callback_on_step_end=untouched)
-    draw(pipe, BOTH, callback_on_step_end=untouched, shape_strength=0, appearance_strength=0)
-    with pytest.raises(AssertionError):
-        draw(pipe, BOTH, callback_on_step_end=untouched)
-    assert_untouched(backbone.unet, before)
+    untouched = []
+    pipe.unet.register_forward_pre_hook(
+        lambda unet, _: untouched.append(
+            all(p.data_ptr() == before[name][0] for name, p in unet.named_parameters())
+        )
+    )
+    draw(pipe, PLAIN)
+    draw(pipe, BOTH, shape_strength=0, appearance_strength=0)
+    assert untouched == [True] * 6
+    draw(pipe, BOTH)
+    assert untouched[6:] == [False] * 3
 
 
 def test_the_unet_runs_once_a_step_with_both_halves_and_both_branches_of_guidance(
@@ -108,9 +109,8 @@ def test_the_unet_runs_once_a_step_with_both_halves_and_both_branches_of_guidanc
             assert torch.equal(weights[name], before[name][2] + s * customization.delta[name])
         seen.append(len(inputs[0]))
 
-    hook = backbone.unet.register_forward_pre_hook(look)
+    pipe.unet.register_forward_pre_hook(look)
     draw(pipe, BOTH, shape_strength=0.5, appearance_strength=2.0)
-    hook.remove()
     assert seen == [2, 2, 2]  # three steps, each with the negative and the positive prompt in one batch
 
 
@@ -147,6 +147,7 @@ def test_the_backbone_is_never_changed(pipe, backbone):
     timesteps = scheduler.timesteps.clone()
 
     def dies(_pipe, step, _t, _tensors):
+        assert_untouched(backbone.unet, before)  # not for a moment
         if step == 1:
             raise KeyboardInterrupt
 
@@ -188,12 +189,10 @@ def test_a_negative_prompt_for_each_prompt(pipe):
 
 
 def test_pseudo_words_in_a_negative_prompt_do_not_change_weights(pipe, bare, backbone):
-    before = snapshot(backbone.unet)
-
-    def untouched(_pipe, _step, _t, _tensors):
-        assert_untouched(backbone.unet, before)
-
-    images = draw(pipe, PLAIN, negative_prompt="a *m", callback_on_step_end=untouched)
+    before, seen = snapshot(backbone.unet), []
+    pipe.unet.register_forward_pre_hook(lambda unet, _: seen.append(assert_untouched(unet, before)))
+    images = draw(pipe, PLAIN, negative_prompt="a *m")
+    assert len(seen) == 3
     assert not np.allclose(images, draw(bare, PLAIN, negative_prompt="a shape"))
 
 
@@ -264,8 +263,14 @@ def test_interrupting(pipe):
 
     assert draw(pipe, callback_on_step_end=stop, num_inference_steps=9).shape == (1, 16, 16, 3)
     assert steps == [0, 1]
-    assert draw(pipe, [BOTH, PLAIN], callback_on_step_end=stop).shape == (2, 16, 16, 3)
-    assert steps == [0, 1, 0, 1]  # the second group is not begun
+    steps.clear()
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    options = {"latents": noise, "num_inference_steps": 9, "output_type": "latent"}
+    halted = draw(pipe, [BOTH, PLAIN], callback_on_step_end=stop, **options)
+    assert steps == [0, 0, 1, 1]  # step by step in both groups: none of them is start noise
+    for i, prompt in enumerate([BOTH, PLAIN]):
+        alone = draw(pipe, prompt, callback_on_step_end=stop, **options | {"latents": noise[i : i + 1]})
+        torch.testing.assert_close(halted[i : i + 1], alone, rtol=0, atol=1e-5)
 
 
 def test_the_progress_bar_counts_all_steps(backbone, shape, capsys):
@@ -283,21 +288,36 @@ def test_other_schedulers(pipe, kind):
     assert not np.allclose(draw(pipe), draw(pipe, shape_strength=0))
 
 
-def test_components_and_to(pipe, backbone):
+def test_components(pipe, backbone):
     assert set(pipe.components) == {"vae", "text_encoder", "tokenizer", "unet", "scheduler", "image_tower"}
-    assert pipe.components["unet"] is backbone.unet and pipe.unet is backbone.unet
     modules = {k: m for k, m in pipe.components.items() if k not in ("image_tower",)}
     StableDiffusionPipeline(
         **modules, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
+    for name in ("unet", "vae", "text_encoder", "image_tower"):
+        mine, theirs = getattr(pipe, name), getattr(backbone, name)
+        assert mine is not theirs
+        tensors = zip(mine.parameters(), theirs.parameters(), strict=True)
+        assert all(p is not q and p.data_ptr() == q.data_ptr() for p, q in tensors)
+
+
+def test_to_moves_the_pipeline_and_leaves_the_backbone(pipe, backbone):
     assert pipe.to("cpu") is pipe and pipe.device == torch.device("cpu")
-    images = draw(pipe)
+    images, before = draw(pipe), snapshot(backbone.unet)
     pipe.to(torch.float64)
     assert pipe.dtype == torch.float64
-    assert {m.dtype for m in backbone.modules.values()} == {torch.float64}  # the filters with them
+    assert {m.dtype for m in backbone.modules.values()} == {torch.float32}
     np.testing.assert_allclose(draw(pipe, latents=torch.ones(1, 4, 8, 8)).std(), images.std(), rtol=0.5)
     pipe.to(device="cpu", dtype=torch.float32)
     assert np.array_equal(draw(pipe), images)
+    assert_untouched(backbone.unet, before)
+
+
+def test_moving_leaves_mixed_dtypes_alone(pipe):
+    pipe.vae.to(torch.float64)
+    pipe.to("cpu")
+    assert (pipe.vae.dtype, pipe.unet.dtype, pipe.text_encoder.dtype) == (torch.float64, *[torch.float32] * 2)
+    assert draw(pipe).shape == (1, 16, 16, 3)
 
 
 def test_cpu_offload(pipe, backbone):
@@ -383,7 +403,7 @@ def test_saving_again_leaves_no_old_customization(pipe, bare, tmp_path):
 def test_bad_input_is_refused_before_any_work(pipe, backbone, options, message):
     hooks = [
         m.register_forward_pre_hook(lambda *_: pytest.fail("a network ran"))
-        for m in (backbone.unet, backbone.text_encoder)
+        for m in (pipe.unet, pipe.text_encoder)
     ]
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": BOTH} | options)

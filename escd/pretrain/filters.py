@@ -90,8 +90,6 @@ class FilterStage:
         self.name = f"{self.name}-{self.backbone.identity}"  # of a run's state, which is of one backbone
         kept = max(1, round(KEPT * len(files)))
         self.learnt, self.unseen = files[kept:], files[:kept]
-        for attribute in ATTRIBUTES.values():
-            self.backbone.add_token(attribute.token)
         first = torch.stack([self._open(file) for file in self.learnt[:STANDARD]])
         features = torch.cat([self._features(x, seed=0) for x in first.split(4)])
         for learnt in self.module.filters.values():

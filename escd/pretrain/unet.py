@@ -180,8 +180,6 @@ class DiffusionLoss(FiltersInTraining):
         unet = make_unet(latents)
         super().__init__(backbone(unet))
         self.unet, self.scheduler = unet, make_scheduler()
-        for attribute in ATTRIBUTES.values():
-            self.backbone.add_token(attribute.token)
         self.__dict__["captured"] = {}  # graphs, and no part of this module's state
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
@@ -219,7 +217,8 @@ class DiffusionLoss(FiltersInTraining):
 
     def ids(self, step: Step) -> Tensor:
         """Token ids (N, L) of a step's prompts."""
-        return self.backbone.token_ids(step.prompts).to(step.x_0.device)
+        tokens = [attribute.token for attribute in ATTRIBUTES.values()]
+        return self.backbone.token_ids(step.prompts, tokens).to(step.x_0.device)
 
     def read(
         self, ids: Tensor, kinds: tuple[int, ...], shape_from: Tensor, appearance_from: Tensor

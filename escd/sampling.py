@@ -1,0 +1,141 @@
+"""A call of the pipeline: what its callbacks read and set, and the pictures that are denoised together."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin, UNet2DConditionModel
+
+    from .pipeline import ESCDPipeline
+
+# Tensors of Stable Diffusion XL that diffusers' official callbacks cut as they cut the prompts': none here.
+OF_XL = ("add_text_embeds", "add_time_ids")
+
+
+@dataclass(eq=False)
+class Call:
+    """What diffusers' callbacks read from a pipeline, and set, while it runs; each call has its own."""
+
+    guidance_scale: float = 4.0
+    guidance_rescale: float = 0.0
+    clip_skip: int | None = None
+    num_timesteps: int = 0
+    interrupt: bool = False
+    thread: int = field(default_factory=threading.get_ident)
+
+
+class Calls:
+    """The calls of one pipeline that are running, and the last that ran.
+
+    In a callback "the call" is the one it was called by, whatever else runs at the same time.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Call] = []
+        self.last = Call()
+
+    def mine(self) -> list[Call]:
+        """This thread's running calls, outermost first: a callback may call its pipeline."""
+        return [call for call in self.running if call.thread == threading.get_ident()]
+
+    def current(self) -> Call:
+        """This thread's innermost call; on a thread without one the latest there is."""
+        return (self.mine() or self.running or [self.last])[-1]
+
+    def interrupt(self, value: bool) -> None:
+        """Interrupt the call of this thread; on a thread without one (a stop button) all that run."""
+        for call in self.mine()[-1:] or self.running or [self.last]:
+            call.interrupt = value
+
+
+def of_call(name: str, about: str) -> property:
+    """A property of a pipeline that is one of its current call."""
+    return property(
+        lambda pipe: getattr(pipe._calls.current(), name),
+        lambda pipe, value: setattr(pipe._calls.current(), name, value),
+        doc=about,
+    )
+
+
+@dataclass
+class Group:
+    """Pictures of a batch that need the same weights."""
+
+    rows: list[int]  # their places in the batch
+    unet: UNet2DConditionModel
+    scheduler: SchedulerMixin
+    x_t: Tensor  # (B, C, h, w)
+    # prompt_embeds and, where there is guidance, negative_prompt_embeds: (B, L, D)
+    embeds: dict[str, Tensor]
+    generator: Generator | list[Generator] | None
+    guidance_scale: float
+
+    def step(self, t: Tensor, guidance_rescale: float) -> None:
+        """Denoise by one step; all customizations act in one pass of the UNet."""
+        names = ["prompt_embeds"]
+        if self.guidance_scale > 1:
+            names.insert(0, "negative_prompt_embeds")
+            if names[0] not in self.embeds:
+                raise ValueError("guidance was turned on by a callback: begin with a guidance_scale above 1")
+        text = torch.cat([self.embeds[name] for name in names])
+        x_in = self.scheduler.scale_model_input(torch.cat([self.x_t] * len(names)), t)
+        # the noise, or the velocity: the scheduler knows which
+        predicted = self.unet(x_in, t, encoder_hidden_states=text).sample
+        if len(names) == 2:
+            unguided, prompted = predicted.chunk(2)
+            predicted = unguided + self.guidance_scale * (prompted - unguided)
+            if guidance_rescale > 0:
+                predicted = rescale_noise_cfg(predicted, prompted, guidance_rescale)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": self.generator} if takes_generator else {}
+        self.x_t = self.scheduler.step(predicted, t, self.x_t, **extra).prev_sample
+
+    def show(self, callback: Callable, pipe: ESCDPipeline, i: int, t: Tensor, names: Sequence[str]) -> None:
+        """Call `callback` after step i, and take the tensors that it gives back."""
+        tensors = dict.fromkeys(OF_XL, self.x_t.new_empty(len(self.x_t), 0))
+        tensors |= {"latents": self.x_t, **self.embeds}
+        tensors |= callback(pipe, i, t, {name: tensors[name] for name in names if name in tensors}) or {}
+        self.x_t = tensors["latents"]
+        self.embeds = {name: _all_rows(tensors[name], old, name) for name, old in self.embeds.items()}
+
+
+def _all_rows(new: Tensor, old: Tensor, name: str) -> Tensor:
+    """What a callback gave back for `old` (B, L, D)."""
+    if len(new) == len(old):
+        return new
+    # diffusers' own callbacks turn guidance off by keeping the last row, as that of the one prompt.
+    if torch.equal(new, old[-1:]):
+        return old
+    raise ValueError(f"a callback gave back {name} of {len(new)} pictures; there are {len(old)}")
+
+
+def denoise(
+    groups: list[Group],
+    pipe: ESCDPipeline,
+    call: Call,
+    callback: Callable | None,
+    names: Sequence[str],
+    progress: tqdm,
+) -> None:
+    """Denoise all groups, step by step, so that an interrupted batch is equally far everywhere."""
+    for i, t in enumerate(groups[0].scheduler.timesteps):
+        for group in groups:
+            group.step(t, call.guidance_rescale)
+            if callback is not None:
+                call.guidance_scale = group.guidance_scale
+                group.show(callback, pipe, i, t, names)
+                group.guidance_scale = call.guidance_scale
+            if (i + 1) % group.scheduler.order == 0:
+                progress.update()
+        if call.interrupt:
+            break
