@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from numbers import Integral, Real
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
