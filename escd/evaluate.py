@@ -29,8 +29,9 @@ from .cost import require_memory, tuning_cost
 from .customization import ATTRIBUTES, resolve_attribute
 from .files import whole
 from .images import image_files, open_image_and_mask
+from .kept import learn_now
 from .pipeline import ESCDPipeline
-from .tuning import TuningConfig, customize
+from .tuning import TuningConfig
 
 # Where things are asked for: the contexts of the DreamBooth data set's prompts.
 SCENES = (
@@ -185,9 +186,12 @@ class Scorers:
 
 
 def evaluate(
-    subject: Subject, config: EvaluationConfig, backbone: Backbone, scorers: Scorers, output: Path
-) -> dict[str, Any]:
+    subject: Subject, config: EvaluationConfig, backbone: Backbone, scorers: Scorers, output: Path,
+    learnt: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Scores of one subject, or of its floor; the pictures go to the folder `output`.
+
+    `learnt`, where it is given, is told by attribute how what is scored came about.
 
     CLIP-I and DINO say how much of the *whole* reference is in the images: for one attribute of it, more is
     not better by itself. Read them beside the floor, and CLIP-T beside both.
@@ -199,11 +203,12 @@ def evaluate(
         inside = None if failed[0] else found.view(1, *picture.shape[-2:]).float()
     pipe = ESCDPipeline(backbone)
     if not config.floor:
-        learnt = customize(
-            subject.image, attribute, backbone,
-            mask=subject.mask, config=config.tuning, keep_interrupted=False,
-        )  # fmt: skip
-        pipe = ESCDPipeline(backbone, **{attribute.name: learnt})
+        made = learn_now(
+            subject.image, attribute.name, config.tuning, backbone, subject.mask, progress=True
+        )
+        if learnt is not None:
+            learnt[attribute.name] = made.told()
+        pipe = ESCDPipeline(backbone, **{attribute.name: made.customization})
     pipe.set_progress_bar_config(disable=True)
     word = attribute.word if config.floor else attribute.token
     images, texts = [], []
@@ -282,12 +287,16 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.dino and Path(arguments.dino).is_dir():
             files["dino"] = Path(arguments.dino)
         inputs |= {name: records.sha256(file) for name, file in files.items() if file is not None}
+        learnt: dict[str, dict[str, Any]] = {}
         record = records.get(
             config,
-            lambda config, subject=subject: evaluate(subject, config, backbone, scorers, arguments.output),
+            lambda config, subject=subject, learnt=learnt: evaluate(
+                subject, config, backbone, scorers, arguments.output, learnt
+            ),
             inputs=inputs,
             device=backbone.device,
             folder=arguments.output,
+            learnt=lambda learnt=learnt: learnt,
         )
         found[floor].append(record.metrics)
     print(show(found))

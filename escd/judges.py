@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -523,7 +524,7 @@ class JudgeStage:
         self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).to(device).eval()
         self.vae.requires_grad_(False)
         self.device = device
-        self.painted = 0  # pictures painted since this process began
+        self.painted = 0  # pictures painted so far
         self.images = torch.empty(self.bank, 3, SIZE, SIZE, dtype=torch.half, device=device)
         self.targets: dict[str, Tensor] = {}
         self.fixed: dict[str, dict[str, tuple[Tensor, dict[str, Tensor]]]] = {}
@@ -532,6 +533,21 @@ class JudgeStage:
         self.module.judge.load_state_dict(
             Judge.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bank of pictures."""
+        filled = min(self.painted, self.bank)
+        targets = {name: target[:filled].clone() for name, target in self.targets.items()}
+        return {"painted": self.painted, "images": self.images[:filled].clone(), "targets": targets}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.painted, filled = state["painted"], len(state["images"])
+        self.images[:filled] = state["images"].to(self.device)
+        for name, target in state["targets"].items():
+            self.targets[name] = torch.empty(
+                self.bank, *target.shape[1:], dtype=target.dtype, device=self.device
+            )
+            self.targets[name][:filled] = target.to(self.device)
 
     def batch(self, first: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         fresh = max(1, count // self.reuse) if self.painted else self.begun

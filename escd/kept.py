@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from . import records, tuning
 from .backbone import Backbone
 from .customization import Customization, LowRank, load_customization
+from .images import Source
 from .references import Reference
 from .tuning import TuningConfig, customize
 
@@ -72,7 +73,7 @@ def learn(
             f"{path.name} has {found.steps} steps and is to have {config.steps}, or was changed since: "
             "it is learnt again"
         )
-    made = learn_now(attribute, reference, config, backbone)
+    made = learn_now(reference.image, attribute, config, backbone)
     folder.mkdir(parents=True, exist_ok=True)
     made.customization.save(path)
     unfinished = path.with_suffix(f".{os.getpid()}.part")
@@ -81,12 +82,20 @@ def learn(
     return made
 
 
-def learn_now(attribute: str, reference: Reference, config: TuningConfig, backbone: Backbone) -> Learnt:
+def learn_now(
+    image: Source,
+    attribute: str,
+    config: TuningConfig,
+    backbone: Backbone,
+    mask: Source | None = None,
+    progress: bool = False,
+) -> Learnt:
     """A customization learnt now, in all its steps: for a record, an interrupt must not leave fewer."""
     start = time.perf_counter()
     learnt = customize(
-        reference.image, attribute, backbone, config=config, progress=False, keep_interrupted=False
-    )
+        image, attribute, backbone,
+        mask=mask, config=config, progress=progress, keep_interrupted=False,
+    )  # fmt: skip
     seconds = round(time.perf_counter() - start, 3)
     about = About(records.now(), records.commit(), learnt.steps, seconds, sha256_of(learnt))
     return Learnt(learnt, about, kept=False)

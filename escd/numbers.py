@@ -79,7 +79,7 @@ class FreshStudy(Study):
     def learn(
         self, attribute: str, reference: Reference, tuning: TuningConfig, backbone: str = "mini"
     ) -> Customization:
-        return learn_now(attribute, reference, tuning, self.backbone(backbone)).customization
+        return learn_now(reference.image, attribute, tuning, self.backbone(backbone)).customization
 
 
 @cache
@@ -106,7 +106,7 @@ def cost(config: CostConfig) -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        learnt = learn_now(config.tuning.attribute, reference, config.tuning, backbone)
+        learnt = learn_now(reference.image, config.tuning.attribute, config.tuning, backbone)
     finally:
         torch.set_num_threads(threads)
     size = learnt.customization.nbytes

@@ -132,7 +132,11 @@ def test_the_command_writes_records_and_does_not_run_them_twice(
     assert "untouched backbone" in table and "clip_t" in table
     lines = (output / "evaluation.jsonl").read_text().splitlines()
     assert len(lines) == 4
-    assert {json.loads(line)["config"]["floor"] for line in lines} == {True, False}
+    made = [json.loads(line) for line in lines]
+    assert {one["config"]["floor"] for one in made} == {True, False}
+    for one in made:
+        told = {name: how["steps"] for name, how in one["learnt"].items()}
+        assert told == ({} if one["config"]["floor"] else {"appearance": 1})
     evaluate.main([*asked, "--prompts", "1", "--steps", "1"])
     assert (output / "evaluation.jsonl").read_text().splitlines() == lines
     assert table == capsys.readouterr().out

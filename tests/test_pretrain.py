@@ -7,11 +7,14 @@ import itertools
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,8 +23,9 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from escd.backbone import NOISE_SPREAD, draw_noise_levels
+from escd.files import together
 from escd.numbers import STAGES
-from escd.pretrain import loop
+from escd.pretrain import loop, unet
 from escd.pretrain.__main__ import STAGES as TRAINED
 from escd.pretrain.__main__ import WEIGHTS, main
 from escd.pretrain.autoencoder import (
@@ -382,6 +386,189 @@ def test_the_loop_resumes_where_it_was_killed(tmp_path, monkeypatch):
     assert stored["images"] == 400 and {"device", "threads", "torch"} <= set(stored["environment"])
     assert json.loads((tmp_path / "toy.json").read_text())["weight"] == pytest.approx(2, abs=0.3)
     assert len(list((tmp_path / "runs" / "toy").glob("*.png"))) == 6
+
+
+class Drawing(Toy):
+    """Its steps draw from every stream of random numbers, and from a bank filled as `UNetStage`'s is."""
+
+    name = "drawing"
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__(fail_at)
+        self.module = DrawingLoss()
+        self.generator, self.bank = torch.Generator().manual_seed(5), torch.zeros(0)
+
+    def batch(self, first: int, count: int) -> torch.Tensor:
+        x = super().batch(first, count)
+        self.bank = torch.cat([self.bank, torch.rand(1, generator=self.generator)])
+        row = int(torch.randint(0, len(self.bank), (1,), generator=self.generator))
+        return x + 0.1 * self.bank[row] + 0.1 * random.random() + 0.1 * np.random.rand()  # noqa: NPY002
+
+    def state_dict(self) -> dict:
+        return {"bank": self.bank, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.bank = state["bank"]
+        self.generator.set_state(state["generator"])
+
+    def evaluate(self) -> dict[str, float]:
+        return super().evaluate() | {"drawn": float(torch.rand(1))}
+
+
+class DrawingLoss(ToyLoss):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.seen += x.mean()
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+def train_drawing(folder: Path, checkpoint_seconds: float = 0, **given) -> dict:
+    """A training in `folder`; everything it leaves, but for what takes seconds."""
+    folder.mkdir(exist_ok=True)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    stage = Drawing(**given)
+    record = train(
+        lambda device: stage, weights=folder, checkpoint_seconds=checkpoint_seconds, progress=False
+    )
+    state = torch.load(loop.RUNS / "drawing" / "state.pt", weights_only=True)
+    points = [{k: v for k, v in p.items() if k != "seconds"} for p in record["curve"] + record["scores"]]
+    kept = ("parameters", "buffers", "ema", "optimizer", "running", "processes")
+    exported = {path.name: path.read_text() for path in folder.glob("*.json") if path.stem == "toy"}
+    return {"points": points, "exported": exported} | {name: state[name] for name in kept}
+
+
+def equal(one: object, other: object) -> bool:
+    """To the bit, whatever is nested in what."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+@pytest.fixture
+def uninterrupted(tmp_path, monkeypatch) -> dict:
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "whole")
+    found = train_drawing(tmp_path / "weights of whole", checkpoint_seconds=1000)
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    return found
+
+
+@pytest.mark.parametrize("checkpoint_seconds", [0, 1000])
+def test_a_killed_training_ends_with_the_bits_of_one_that_was_not(
+    uninterrupted, tmp_path, checkpoint_seconds
+):
+    for fail_at in (0, 8, 104, 200, 392):
+        with pytest.raises(KeyboardInterrupt):
+            train_drawing(tmp_path / "weights", checkpoint_seconds, fail_at=fail_at)
+    assert equal(train_drawing(tmp_path / "weights", checkpoint_seconds), uninterrupted)
+
+
+@pytest.mark.parametrize("number", [1, 2, 12, 30, 47])
+def test_one_killed_while_it_writes_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypatch, number):
+    replace, done = os.replace, []
+
+    def killed(*given):
+        done.append(1)
+        if len(done) == number:
+            raise KeyboardInterrupt
+        replace(*given)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_drawing(tmp_path / "weights")
+    assert equal(train_drawing(tmp_path / "weights"), uninterrupted)
+
+
+def test_one_that_goes_on_from_exported_weights_starts_from_those_of_its_beginning(tmp_path, monkeypatch):
+    def stopped(folder):
+        if folder.parent.name == "checkpoints":  # the weights are exported, the state is not written yet
+            raise KeyboardInterrupt
+        return together(folder)
+
+    ends = []
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.setattr(loop, "RUNS", folder / "first")
+        train(lambda device: Toy(), weights=folder, images=64, progress=False)
+        monkeypatch.setattr(loop, "RUNS", folder / "second")
+        if name == "killed":
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(loop, "together", stopped)
+                train(lambda device: Toy(), weights=folder, progress=False, further=True)
+        record = train(lambda device: Toy(), weights=folder, progress=False, further=True)
+        ends.append((record["scores"][-1]["weight"], [e["images"] for e in record["earlier"]]))
+    assert ends[0] == ends[1]
+
+
+def test_one_that_got_a_kill_9_ends_with_the_same_bits(uninterrupted, tmp_path):
+    program = (
+        "import time, test_pretrain as t; from pathlib import Path\n"
+        "class Slow(t.Drawing):\n"
+        "    def batch(self, *given):\n"
+        "        time.sleep(0.05)\n"
+        "        return super().batch(*given)\n"
+        "t.Drawing = Slow\n"
+        f"t.train_drawing(Path({str(tmp_path / 'weights')!r}))"
+    )
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    environment = os.environ | {"ESCD_RUNS": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    running = subprocess.Popen([sys.executable, "-c", program], env=environment)
+    drawn = tmp_path / "pretrain" / "drawing" / "00000072.png"  # the first of six evaluations
+    while not drawn.exists():
+        assert running.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    shutil.move(tmp_path / "pretrain", tmp_path / "runs")
+    state = torch.load(tmp_path / "runs" / "drawing" / "state.pt", weights_only=True)
+    assert 0 < state["seen"] < 400
+    assert equal(train_drawing(tmp_path / "weights"), uninterrupted)
+
+
+def test_a_state_of_an_older_layout_or_of_more_processes_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    train_drawing(tmp_path / "weights")
+    path = tmp_path / "runs" / "drawing" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"processes": state["processes"] * 2}, path)
+    with pytest.raises(ValueError, match=r"state\.pt is of a training on 2 processes, not on 1.*ESCD_RUNS"):
+        train_drawing(tmp_path / "weights")
+    torch.save({name: value for name, value in state.items() if name != "layout"}, path)
+    with pytest.raises(ValueError, match=r"state\.pt was written by another version of escd.*ESCD_RUNS"):
+        train_drawing(tmp_path / "weights")
+
+
+def test_the_bank_of_pictures_is_part_of_the_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(unet, "BANK", 64)
+    monkeypatch.setattr(unet, "BEGUN", 32)
+
+    def steps(stage: UNetStage, numbers: range) -> list[dict]:
+        return [vars(stage.batch(first, 16)) for first in numbers]
+
+    one, two = (UNetStage(torch.device("cpu"), WEIGHTS) for _ in range(2))
+    steps(one, range(0, 160, 16))  # more than the ring holds
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    two.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    further = range(160, 320, 16)
+    assert equal(steps(two, further), steps(one, further))
+    fresh = UNetStage(torch.device("cpu"), WEIGHTS)
+    fresh.load_state_dict(UNetStage(torch.device("cpu"), WEIGHTS).state_dict())  # nothing painted yet
+    assert fresh.painted == 0 and fresh.batch(0, 16).x_0.shape[0] == 16
+
+
+def test_workers_paint_on_from_where_they_were():
+    world = World(seed=3)
+    for rank in range(2):
+        whole, rest = Pictures(world, 256, rank, 2), Pictures(world, 256, rank, 2, taken=2)
+        assert torch.equal(whole[3][0], rest[1][0]) and whole[3][2] == rest[1][2]
 
 
 def test_a_diverging_run_says_so(tmp_path, monkeypatch):

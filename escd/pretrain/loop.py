@@ -14,14 +14,16 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from ..backbone import choose_device
-from ..files import together, whole, write_text
+from ..files import together, write_text
 from ..tuning import runs_in
+from .state import random_state, read_state, set_random_state, write_state
 
 RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "pretrain"
 
@@ -70,6 +72,12 @@ class Stage(Protocol):
     def batch(self, first: int, count: int) -> Any:
         """The training pictures first ... first + count - 1, ready for `module`."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What batches depend on besides their number; only stages that have such a thing have it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put that back."""
+
     def evaluate(self) -> dict[str, float]:
         """Scores of the averaged model on a fixed held-out set."""
 
@@ -108,13 +116,14 @@ def train(
 ) -> dict[str, Any]:
     """Train one stage to its number of images and export it; picks up where a killed run left off.
 
-    The state (model, average, optimiser, curve) lies in ``runs/pretrain/<stage>/state.pt`` and is replaced
-    atomically every `checkpoint_seconds`; at `evaluations` points along the way, and at the end, the averaged
-    model is scored, its grid drawn, its weights exported, a copy of them put under ``checkpoints``, and the
-    training record rewritten. `compile` takes minutes to begin and wins back a fifth of each step on a CPU.
-    `further` starts from the exported weights where there is no state of a killed run; the record then keeps
-    the earlier trainings' under "earlier", and the curve begins anew. `images`, `learning_rate` and
-    `batch_size` replace the recipe's. Returns the record.
+    Killed at any moment and started again, it gives the bits it would have given on the same machine. The
+    state (`escd.pretrain.state`) lies in ``runs/pretrain/<stage>/state.pt`` and is replaced, whole or not at
+    all, before the first step and every `checkpoint_seconds`; at `evaluations` points along the way, and at
+    the end, the averaged model is scored, its grid drawn, its weights exported, a copy of them put under
+    ``checkpoints``, and the training record rewritten. `compile` takes minutes to begin and wins back a fifth
+    of each step on a CPU. `further` starts from the exported weights where there is no state of a killed run;
+    the record then keeps the earlier trainings' under "earlier", and the curve begins anew. `images`,
+    `learning_rate` and `batch_size` replace the recipe's. Returns the record.
     """
     # bfloat16 where there is any; GPUs before Ampere would only emulate it.
     older = runs_in(choose_device()) is torch.float16
@@ -127,7 +136,7 @@ def train(
     torch.manual_seed(config.seed + accelerator.process_index)
 
     path = folder / "state.pt"
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    state = read_state(path, accelerator.num_processes)
     earlier: list[dict] = state.get("earlier", [])
     if further or earlier:
         stage.load(weights)  # before anything is asked which of its parameters learn
@@ -140,7 +149,7 @@ def train(
     optimizer = torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.99), fused=True
     )
-    seen, seconds, curve, scores = 0, 0.0, [], []
+    seen, seconds, curve, scores, running, left_out = 0, 0.0, [], [], None, 0
 
     ema = EMAModel(
         parameters,
@@ -161,8 +170,14 @@ def train(
             learnt[name].data.copy_(value)
         stage.module.load_state_dict(state["buffers"], strict=False)
         ema.load_state_dict(state["ema"])
+        ema.to(accelerator.device)
         optimizer.load_state_dict(state["optimizer"])
         seen, seconds, curve, scores = state["seen"], state["seconds"], state["curve"], state["scores"]
+        left_out = state["left_out"]
+        if state["running"] is not None:
+            running = {name: value.to(accelerator.device) for name, value in state["running"].items()}
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
         accelerator.print(f"{stage.name}: resumed at {seen} images")
     elif further:
         before = json.loads((weights / "training.json").read_text())[stage.name]
@@ -181,9 +196,13 @@ def train(
     due = [d for d in due if d > seen]
 
     def save() -> None:
+        """Called by all processes at once."""
+        own = stage.state_dict() if hasattr(stage, "state_dict") else {}
+        processes = gather_object([{"random": random_state(accelerator.device), "stage": own}])
         if not accelerator.is_main_process:
             return
         state = {
+            "processes": processes,
             "parameters": {n: p.detach() for n, p in stage.module.named_parameters() if p.requires_grad},
             "buffers": dict(stage.module.named_buffers()),
             "ema": ema.state_dict(),
@@ -193,9 +212,11 @@ def train(
             "curve": curve,
             "scores": scores,
             "earlier": earlier,
+            "running": running,
+            "left_out": left_out,
+            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
         }
-        with whole(path) as unfinished:
-            torch.save(state, unfinished)
+        write_state(state, path)
 
     def evaluate() -> None:
         if not accelerator.is_main_process:
@@ -226,13 +247,21 @@ def train(
         mininterval=5,
     )
     saved = started = time.monotonic()
-    since, running, left_out = seconds, None, 0
+    since = seconds
     # The math kernel trains about twice as fast as PyTorch's fused CPU attention at these short sequences.
     kernel = (
         [SDPBackend.MATH]
         if accelerator.device.type == "cpu"
         else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     )
+    # From here on nothing but the steps draws random numbers.
+    if state:
+        mine = state["processes"][accelerator.process_index]
+        set_random_state(mine["random"], accelerator.device)
+        if mine["stage"]:
+            stage.load_state_dict(mine["stage"])
+    else:
+        save()  # a training that goes on from exported weights starts from these, whatever is exported since
     with sdpa_kernel(kernel):
         while seen < config.images:
             for group in optimizer.param_groups:
@@ -260,7 +289,7 @@ def train(
             seen += share * accelerator.num_processes
             seconds = since + time.monotonic() - started
             bar.update(share * accelerator.num_processes)
-            logs = {"loss": loss.detach(), **{name: value.detach() for name, value in logs.items()}}
+            logs = {name: value.detach().float() for name, value in {"loss": loss, **logs}.items()}
             before = logs if running is None else running
             if sound:
                 running = {k: before[k] + 0.05 * (logs[k] - before[k]) for k in logs}
@@ -275,9 +304,12 @@ def train(
                 evaluate()
                 save()
                 accelerator.wait_for_everyone()
-            elif time.monotonic() - saved > checkpoint_seconds:
-                saved = time.monotonic()
-                save()
+            else:
+                if accelerator.is_main_process and time.monotonic() - saved > checkpoint_seconds:
+                    accelerator.set_trigger()
+                if accelerator.check_trigger():  # of all processes
+                    saved = time.monotonic()
+                    save()
     bar.close()
     if not scores or scores[-1]["images"] < seen:
         evaluate()

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -39,6 +40,7 @@ CAPTION_DROPOUT = 0.1
 # with new noise, a new timestep and a new caption.
 REUSE = {"cpu": 4, "cuda": 4, "mps": 2}
 BANK, BEGUN = 8_192, 512  # pictures kept for that, and painted before the first step; multiples of QUARTET
+RINGS = ("latents", "outlines", "materials", "features")  # what is kept of each of them as a row
 PORTION = 128  # pictures that a worker paints for a GPU at a time
 # Share of the pictures whose shape, and whose appearance, has a name: only these teach the prompt's words.
 # The rest keeps the UNet able to draw what has no name, which is what a person brings. Twelve outlines are
@@ -276,17 +278,19 @@ def _rank() -> tuple[int, int]:
 class Pictures(Dataset):
     """The world's pictures from number `first` on, PORTION by PORTION: images, masks and captions.
 
-    Of `several` processes, that of number `rank` has every several-th portion.
+    Of `several` processes, that of number `rank` has every several-th portion; `taken` of these are left out.
     """
 
-    def __init__(self, world: World, first: int, rank: int = 0, several: int = 1) -> None:
-        self.world, self.first, self.rank, self.several = world, first, rank, several
+    def __init__(
+        self, world: World, first: int, rank: int = 0, several: int = 1, taken: int = 0
+    ) -> None:
+        self.world, self.first, self.rank, self.several, self.taken = world, first, rank, several, taken
 
     def __len__(self) -> int:
         return 1 << 40
 
     def __getitem__(self, k: int) -> tuple[Tensor, Tensor, list[tuple[list[str], ...]]]:
-        first = self.first + (k * self.several + self.rank) * PORTION
+        first = self.first + ((self.taken + k) * self.several + self.rank) * PORTION
         b = quartets(self.world, first + torch.arange(PORTION))
         return b.image, b.mask, pair_captions(b)
 
@@ -322,6 +326,7 @@ class UNetStage:
         self.heavy = [self.module.unet] if device.type != "cuda" or several > 1 else []
         self.workers = max(1, (os.cpu_count() or 2) // several - 1) if device.type == "cuda" else 0
         self.portions: Iterator | None = None
+        self.taken = 0  # portions
         self.first = 0
         self.world = World(seed=13, named_shapes=NAMED_SHAPES, named_appearances=NAMED_APPEARANCES)
         self.reuse = REUSE[device.type]
@@ -363,6 +368,27 @@ class UNetStage:
         self.module.unet.load_state_dict(unet.state_dict())
         self.module.load(folder)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The ring of pictures, and where the random numbers and the painting stand."""
+        filled = min(self.painted, BANK)
+        rings = {name: getattr(self, name)[:filled].clone() for name in RINGS}
+        counts = {name: getattr(self, name) for name in ("painted", "steps", "first", "taken")}
+        return {
+            **rings, **counts, "captions": self.captions[:filled], "generator": self.generator.get_state()
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("painted", "steps", "first", "taken"):
+            setattr(self, name, state[name])
+        filled, width = state["features"].shape[0], state["features"].shape[1:]
+        if filled:
+            self.features = torch.empty(BANK, *width, dtype=torch.half, device=self.device)
+        for name in RINGS:
+            getattr(self, name)[:filled] = state[name].to(self.device)
+        self.captions[:filled] = state["captions"]
+        self.generator.set_state(state["generator"])
+        self.portions = None  # painted on from where they were
+
     def _pictures(self, first: int, count: int) -> tuple[Tensor, Tensor, list[tuple[list[str], ...]]]:
         """So many new pictures, their masks and captions.
 
@@ -373,11 +399,16 @@ class UNetStage:
             b = quartets(self.world, torch.arange(first, first + count))
             return b.image.to(self.device), b.mask.to(self.device), pair_captions(b)
         if self.portions is None:
-            pictures = Pictures(self.world, self.first, *_rank())
+            pictures = Pictures(self.world, self.first, *_rank(), self.taken)
+            # A generator of its own, for it draws a number for its workers whenever it begins.
             self.portions = iter(
-                DataLoader(pictures, None, num_workers=self.workers, collate_fn=tuple, prefetch_factor=4)
-            )
+                DataLoader(
+                    pictures, None, num_workers=self.workers, collate_fn=tuple, prefetch_factor=4,
+                    generator=torch.Generator(),
+                )
+            )  # fmt: skip
         portions = [next(self.portions) for _ in range(-(-count // PORTION))]
+        self.taken += len(portions)
         images, masks, captions = zip(*portions, strict=True)
         images, masks = (torch.cat(parts).to(self.device) for parts in (images, masks))
         return images, masks, [each for some in captions for each in some]
