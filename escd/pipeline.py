@@ -32,6 +32,15 @@ from .skeleton import own
 logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MOST = 16_384  # px a side, images of a prompt, steps: more is a slip, and would end with the memory
+
+
+def _from_zero_on(value: object) -> bool:
+    """Whether a value is a real number from 0 on that is finite as a float."""
+    try:
+        return isinstance(value, Real) and 0 <= float(value) < math.inf
+    except OverflowError:  # a whole number of more than 300 digits
+        return False
 
 
 # A scheduler counts its steps: it is set and copied by one call at a time.
@@ -250,6 +259,7 @@ class ESCDPipeline(
         height = self.backbone.image_size if height is None else height
         width = self.backbone.image_size if width is None else width
         self._check(height, width, num_inference_steps, guidance_scale, num_images_per_prompt, output_type)
+        guidance_scale = float(guidance_scale)
         self._check_text(clip_skip, guidance_rescale)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -489,7 +499,7 @@ class ESCDPipeline(
                 )
             by_name[name] = s
         for name, s in by_name.items():
-            if not isinstance(s, Real) or not math.isfinite(s) or s < 0:
+            if not _from_zero_on(s):
                 raise ValueError(f"the strength of {name} must be a number from 0 on, not {s!r}")
         return {token: float(by_name.get(c.attribute.name, 1.0)) for token, c in self.customizations.items()}
 
@@ -497,14 +507,19 @@ class ESCDPipeline(
         self, height: int, width: int, steps: int, guidance_scale: float, images: int, output_type: str
     ) -> None:
         """Raise ValueError for numbers that make no image."""
-        for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", images)):
+        counts = {"num_inference_steps": steps, "num_images_per_prompt": images}
+        for name, value in counts.items():
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
         scale = self.backbone.vae_scale
-        for name, value in (("height", height), ("width", width)):
+        sides = {"height": height, "width": width}
+        for name, value in sides.items():
             if not isinstance(value, Integral) or value < scale or value % scale:
                 raise ValueError(f"{name} must be a multiple of {scale} px, not {value!r}")
-        if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale) or guidance_scale < 0:
+        for name, value in (counts | sides).items():
+            if value > MOST:
+                raise ValueError(f"{name} must be at most {MOST}, not {value}")
+        if not _from_zero_on(guidance_scale):
             raise ValueError(f"guidance_scale must be a number from 0 on, not {guidance_scale!r}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -151,6 +152,8 @@ class TuningConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} is a whole number, not {value!r}")
+        if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
+            raise ValueError("a seed has at most 64 bits")
         if self.steps < 0:
             raise ValueError(
                 f"steps must not be negative, not {self.steps} (0 gives the attribute filter's pseudo-word)"
@@ -169,14 +172,15 @@ class TuningConfig:
             value = getattr(self, name)
             if name == "bias_learning_rate" and value is None:
                 continue
-            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            if not (isinstance(value, int | float) and 0 < value <= sys.float_info.max):  # false for NaN too
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
         level = self.noise_level
-        if level is not None and not (isinstance(level, int | float) and math.isfinite(level)):
+        if level is not None and not (isinstance(level, int | float) and abs(level) <= sys.float_info.max):
             raise ValueError(f"noise_level is None or a finite number, not {level!r}")
         for name in ("augmentation", "dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share between 0 and 1, not {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise ValueError(f"{name} is a share between 0 and 1, not {value!r}")
 
     @classmethod
     def of(

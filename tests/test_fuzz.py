@@ -193,7 +193,10 @@ def other_tensors(tensors: dict[str, torch.Tensor], draw: random.Random) -> dict
         case 1:
             tensors[name] = w.to(draw.choice(dtypes))
         case 2:
-            tensors[name] = draw.choice([w[None], w.flatten(), w[:0], w.sum(), w[..., :1], w[:1]])
+            flat = w.flatten()
+            tensors[name] = draw.choice(
+                [w[None], w.mT if w.ndim > 1 else flat[::2], flat, flat[:0], w.sum(), flat[:1]]
+            )
         case 3:
             tensors[draw.choice(["x", "delta.", "up.x", f"delta.{name}", name.split(".", 1)[-1]])] = w
         case 4:
@@ -321,8 +324,6 @@ def test_numbers_of_a_pipeline(fixed):
              "appearance_strength", "num_images_per_prompt", "output_type", "negative_prompt")  # fmt: skip
     for case, draw in draws("pipeline", 80):
         given = {name: draw.choice(NUMBERS) for name in draw.sample(names, draw.choice([1, 1, 2]))}
-        if given.get("num_images_per_prompt") == 2**70:
-            continue  # as many prompts are made, which ends with the memory
         with refused_in_one_line(case):
             pipe("a *m shape", **{"num_inference_steps": 1, "output_type": "latent", **given})
 
