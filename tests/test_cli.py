@@ -308,6 +308,17 @@ def test_a_console_may_know_few_characters(picture, here, tiny_folder, monkeypat
 
 # ---- told to end
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture
+def heard():
+    """No signal is ignored, as some are in a process that a shell started in the background."""
+    before = [signal.signal(each, signal.default_int_handler) for each in SIGNALS]
+    yield
+    for each, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(each, handler)
+
 
 def told(number: int, at: int):
     """`customize` that is sent a signal after a step; at 0 before the first one."""
@@ -339,7 +350,6 @@ def test_told_to_end_it_keeps_what_it_has(
 ):
     command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
     result = Path("horse-shape.safetensors")
-    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     monkeypatch.setattr("escd.__main__.customize", told(number, 0))
     assert main([*command, "--steps", "5"]) == code and not result.exists()
     assert capsys.readouterr().err.splitlines()[-1] == f"escd: {word}"
@@ -348,10 +358,10 @@ def test_told_to_end_it_keeps_what_it_has(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"escd: {word} after 2 of 5 steps; what was learnt is kept in {result}"
     assert steps_of(result) == 2
-    assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert all(signal.getsignal(each) is signal.default_int_handler for each in SIGNALS)
 
 
-def test_what_had_more_steps_is_not_replaced(picture, here, tiny_folder, capsys, monkeypatch):
+def test_what_had_more_steps_is_not_replaced(heard, picture, here, tiny_folder, capsys, monkeypatch):
     command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
     command += ["--steps", "4"]
     result = Path("horse-shape.safetensors")
@@ -368,7 +378,7 @@ def test_what_had_more_steps_is_not_replaced(picture, here, tiny_folder, capsys,
     assert main(command) == 143 and result.read_text() == "something else"
 
 
-def test_a_second_signal_ends_at_once(picture, here, tiny_folder, capsys, monkeypatch):
+def test_a_second_signal_ends_at_once(heard):
     ending = Ending()
     with ending:
         assert ending.after_step(1, 0.5) is False
@@ -389,7 +399,7 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_interrupted_drawing_is_one_line(here, tiny_folder, capsys, monkeypatch):
+def test_interrupted_drawing_is_one_line(heard, here, tiny_folder, capsys, monkeypatch):
     def interrupted(self, *_, **__):
         os.kill(os.getpid(), signal.SIGINT)
 
