@@ -19,7 +19,7 @@ from .cost import require_memory, time_in_words, tuning_cost
 from .customization import ATTRIBUTES, Customization, load_customization, resolve_attribute, steps_of
 from .drawn import Drawn, find, named, sha256
 from .ending import Ending
-from .files import require_writable, save_elsewhere, save_unused, whole
+from .files import require_folder, require_writable, save_elsewhere, save_unused, whole
 from .images import open_image_and_mask
 from .parts import parameters_of
 from .pipeline import ESCDPipeline
@@ -189,7 +189,7 @@ def _generate(options: argparse.Namespace, _ending: Ending) -> None:
         raise ValueError("say what to draw: a prompt, or --like FILE")
     if options.images is not None and options.images < 1:
         raise ValueError(f"--images must be from 1 on, not {options.images}")
-    _require_folder(options.output)
+    require_folder(options.output)
     files = {name: _file_of(name, options, like) for name in ATTRIBUTES}
     said, seeds, wanted = _settings(options, like)
     backbone = load_backbone(said["backbone"])
@@ -243,10 +243,9 @@ def _file_of(attribute: str, options: argparse.Namespace, like: Drawn | None) ->
         if not given.is_file():
             raise FileNotFoundError(f"no customization at {given}")
         return given
-    name = None if like is None else getattr(like, attribute)
-    if name is None:
+    if like is None or getattr(like, attribute) is None:
         return None
-    digest = getattr(like, f"{attribute}_sha256")
+    name, digest = getattr(like, attribute), getattr(like, f"{attribute}_sha256")
     found = find(name, digest, (Path("."), options.like.parent))
     if found is None:
         raise FileNotFoundError(
@@ -269,19 +268,11 @@ def _write(save: Callable[[Path], object], path: Path, options: argparse.Namespa
         raise OSError(f"{error}; the picture is kept in {save_elsewhere(path, save)}") from error
 
 
-def _require_folder(folder: Path) -> None:
-    """Raise OSError when files cannot be written to a folder, which need not be there yet."""
-    there = next((each for each in (folder, *folder.parents) if each.exists()), folder)
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is no folder to write to")
-    require_writable(there / "escd")
-
-
 def _export(options: argparse.Namespace, _ending: Ending) -> None:
     if not options.file.is_file():
         raise FileNotFoundError(f"no customization at {options.file}")
     folder = options.output or options.file.with_suffix("")
-    _require_folder(folder)
+    require_folder(folder)
     customization = load_customization(options.file, load_backbone(options.backbone))
     if options.rank is not None:
         customization = low_rank(customization, options.rank)

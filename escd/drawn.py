@@ -69,7 +69,13 @@ class Drawn:
         for name, value in about.items():
             if not isinstance(value, kinds[name]):
                 raise ValueError(f"{path} says it was drawn with {name} {value!r}")
-        return cls(**about)
+        drawn = cls(**about)
+        if drawn.seed not in range(drawn.first_seed, drawn.first_seed + drawn.images):
+            raise ValueError(f"{path} says it was drawn with a seed that its batch has not: {text[:80]}")
+        for name in ("shape", "appearance"):
+            if (about[name] is None) != (about[f"{name}_sha256"] is None):
+                raise ValueError(f"{path} says half of which {name} it was drawn with")
+        return drawn
 
 
 def named(path: str | Path) -> str:

@@ -80,11 +80,7 @@ def require_writable(path: str | Path, size: int = 0) -> None:
         raise PermissionError(errno.EACCES, "the file there may not be changed", str(named))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no folder {named.parent} to write {named.name} to")
-    try:
-        with _beside(path.parent) as scratch:
-            (scratch / path.name).touch()  # the file system itself says whether it takes the name
-    except OSError as error:
-        raise OSError(error.errno, f"nothing can be written there: {error.strerror}", str(named)) from error
+    _try(path.parent, path.name, named)
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise OSError(
@@ -92,6 +88,14 @@ def require_writable(path: str | Path, size: int = 0) -> None:
             f"{size / 1e6:.1f} MB are to be written where {free / 1e6:.1f} MB are free",
             str(named),
         )
+
+
+def require_folder(folder: Path) -> None:
+    """Raise OSError where no files can be written to a folder, which need not be there yet."""
+    there = next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)
+    if not os.path.isdir(there):
+        raise NotADirectoryError(f"{there} is no folder to write to")
+    _try(there, "file", folder)
 
 
 def save_unused(path: Path, save: Callable[[Path], object]) -> Path:
@@ -143,6 +147,15 @@ def _beside(folder: Path) -> Iterator[Path]:
         raise OSError(f"cannot write to {folder}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # what cannot be removed now is swept later
+
+
+def _try(folder: Path, name: str, asked: Path) -> None:
+    """Make an empty file of that name beside the files of a folder: the system itself says what it takes."""
+    try:
+        with _beside(folder) as scratch:
+            (scratch / name).touch()
+    except OSError as error:
+        raise OSError(error.errno, f"nothing can be written there: {error.strerror}", str(asked)) from error
 
 
 def _machine() -> str:
