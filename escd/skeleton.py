@@ -92,7 +92,8 @@ def _shallow(module: nn.Module) -> nn.Module:
             twin.__dict__.pop(name)
         add_hook_to_module(twin, module._hf_hook)
     elif forward is not None:
-        forward = getattr(forward, "_torchdynamo_orig_callable", forward)  # a compiled one is bound to `module`
+        # A compiled one runs `module` too.
+        forward = getattr(forward, "_torchdynamo_orig_callable", forward)
         bound = getattr(forward, "__self__", None) is module
         twin.__dict__["forward"] = MethodType(forward.__func__, twin) if bound else forward
     return twin

@@ -704,7 +704,8 @@ def predicted(
 def readable(backbone: Backbone, token: str, said: Sequence[str], plain: Sequence[str]) -> list[str]:
     """Prompts with the pseudo-word put in, but for those the text encoder would cut; `plain` if all are."""
     written = [prompt.format(token) for prompt in said]
-    return [p for p in written if not backbone.cut_off(p, [token])] or [prompt.format(token) for prompt in plain]
+    read = [prompt for prompt in written if not backbone.cut_off(prompt, [token])]
+    return read or [prompt.format(token) for prompt in plain]
 
 
 def runs_in(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.dtype | None:
