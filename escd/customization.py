@@ -13,22 +13,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbone import PSEUDO_WORD, Backbone, open_safetensors
-from .parts import parameters_of
+from .parts import half_named, parameters_of
 
 FORMAT = "escd-customization-1"
+# What changes in the reference while an attribute is learnt: what it is made of, or its outline.
+RECIPES = ("shape", "appearance")
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A sub-attribute: its name, the word it starts from, its pseudo-word, and the part it tunes."""
+    """A sub-attribute: its name, the word it starts from, its pseudo-word, the part it tunes, and how.
+
+    recipe: "shape" keeps the reference's outline and changes what it is made of while it learns, "appearance"
+    the other way round. None takes "shape" for a part of the encoder and "appearance" for one of the decoder;
+    for any other part it stays None, and `TuningConfig.of` asks for one.
+    """
 
     name: str
     word: str
     token: str
     part: str
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
+        for key in ("name", "word", "token", "part"):
+            value = getattr(self, key)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"an attribute's {key} must be a word, not {value!r}")
         if not self.name.isidentifier():
@@ -37,6 +46,13 @@ class Attribute:
             raise ValueError(
                 f"an attribute's token is an asterisk and a lower-case name, like '*m', not {self.token!r}"
             )
+        if self.recipe not in (None, *RECIPES):
+            raise ValueError(
+                f"an attribute's recipe is {' or '.join(map(repr, RECIPES))}, not {self.recipe!r}"
+            )
+        if self.recipe is None:
+            of_half = {"encoder": "shape", "decoder": "appearance"}
+            object.__setattr__(self, "recipe", of_half.get(half_named(self.part)))
 
 
 # "we fine-tune only the encoder part ... for shape; for appearance, solely the decoder" (Attribute-aware
@@ -146,6 +162,8 @@ def load_customization(path: str | Path, backbone: Backbone) -> Customization:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a customization: its format is not {FORMAT}")
     about = json.loads(metadata["about"])
+    # A file older than the attribute's own recipe has it in its configuration.
+    about["attribute"].setdefault("recipe", about["config"].get("recipe"))
     customization = Customization(
         attribute=Attribute(**about.pop("attribute")),
         pseudo_word=tensors.pop("pseudo_word"),
