@@ -70,7 +70,6 @@ def jupyterlab(folder: Path) -> Iterator[str]:
             *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"),
             *(f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"),
             *(f"--ServerApp.root_dir={folder}", "--ServerApp.log_level=ERROR"),
-            *("--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"),
         ],
         env=os.environ | own | {"JUPYTER_PREFER_ENV_PATH": "1"},
         stdout=subprocess.DEVNULL,
@@ -105,7 +104,9 @@ def chromium(folder: Path) -> Iterator[Page]:
             time.sleep(0.1)
         port = told.read_text().split()[0]
         pages = json.loads(_answer(f"http://127.0.0.1:{port}/json", browser))
-        yield Page(next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page"))
+        page = Page(next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page"))
+        yield page
+        page.socket.close()
     finally:
         browser.terminate()
         browser.wait()

@@ -30,9 +30,15 @@ pipe.set_progress_bar_config(disable=True)
 escd.attribute_sliders(pipe, "a *m shape", steps=5)
 """
 
-# What the page shows: the text under the sliders, and how solid the picture is.
+KERNEL = "[...window.jupyterapp.shell.widgets('main')][0].sessionContext.session?.kernel"
+# What the page shows: the text under the sliders, how solid the picture is, and what is on it.
 SHOWN = "document.querySelector('.jp-OutputArea-output')?.innerText ?? ''"
 OPACITY = "getComputedStyle(document.querySelector('.widget-image')).opacity"
+DRAWN = "(document.querySelector('.widget-image').naturalWidth == 256)"
+PIXELS = """(() => { const image = document.querySelector('.widget-image');
+const canvas = Object.assign(document.createElement('canvas'), {width: 256, height: 256});
+canvas.getContext('2d').drawImage(image, 0, 0);
+return canvas.toDataURL(); })()"""
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +70,10 @@ def page(tmp_path_factory) -> Iterator[Page]:
 
 
 def opened(page: Page, address: str, notebook: str) -> None:
-    """Open a notebook, alone, and wait until its cells stand on the page."""
+    """Open a notebook, alone, and wait until its cells stand on the page and its kernel is there."""
     page.call("Page.navigate", url=address.replace("NAME", f"{notebook}.ipynb") + "&reset")
-    page.until("window.jupyterapp?.shell?.currentWidget?.context?.isReady")
-    page.until("document.querySelectorAll('.jp-Cell').length")
+    page.until("window.jupyterapp && document.querySelectorAll('.jp-Cell').length")
+    page.until(f"({KERNEL})?.status == 'idle'")
 
 
 def types(page: Page, prompt: str) -> None:
@@ -82,10 +88,10 @@ def types(page: Page, prompt: str) -> None:
 
 def test_the_sliders_say_what_surprises_and_dim_what_is_old(page, address):
     opened(page, address, "sliders")
-    page.until("window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status == 'idle'")
     page.js("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.until(f"({SHOWN}).includes('No appearance is loaded: its slider changes nothing')")
-    assert page.js(OPACITY) == "1" and page.js("document.querySelector('.widget-image').naturalWidth") == 256
+    page.until(DRAWN)
+    assert page.js(OPACITY) == "1"
     assert page.js("document.querySelectorAll('.widget-slider [disabled]').length"), "the slider of nothing"
     assert "No kernel" not in page.js(SHOWN)
 
@@ -98,10 +104,11 @@ def test_the_sliders_say_what_surprises_and_dim_what_is_old(page, address):
     types(page, "a red star on a gray background of blue and green and white stars and circles")
     page.until(f"({SHOWN}).includes('The model reads 16 tokens')")
 
-    before = page.js("document.querySelector('.widget-image').src")
+    before = page.js(PIXELS)
     types(page, "a *b shape")
     page.until(f"({SHOWN}).includes('ValueError')")
-    assert float(page.js(OPACITY)) < 0.5 and page.js("document.querySelector('.widget-image').src") == before
+    assert float(page.js(OPACITY)) < 0.5
+    page.until(f"{PIXELS} == {json.dumps(before)}")
 
     page.js(
         """void (window.met = [], new MutationObserver(() => window.met.push(
@@ -112,15 +119,15 @@ def test_the_sliders_say_what_surprises_and_dim_what_is_old(page, address):
     )
     types(page, "a *m shape")
     page.until(f"{OPACITY} == '1' && !({SHOWN}).includes('drawing')")
-    assert page.js("document.querySelector('.widget-image').src") != before
+    page.until(f"{DRAWN} && {PIXELS} != {json.dumps(before)}")
     assert any("drawing" in text and float(opacity) < 0.5 for text, opacity in page.js("window.met"))
 
     moved = "document.querySelector('.widget-slider .noUi-handle')"
-    before = page.js("document.querySelector('.widget-image').src")
+    before = page.js(PIXELS)
     page.js(f"{moved}.dispatchEvent(new KeyboardEvent('keydown', {{key: 'ArrowLeft', bubbles: true}}))")
-    page.until(f"document.querySelector('.widget-image').src != {json.dumps(before)}")
+    page.until(f"{DRAWN} && {PIXELS} != {json.dumps(before)}")
 
-    page.js("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart()")
+    page.js(f"({KERNEL}).restart()")
     page.until(f"({SHOWN}).includes('No kernel answers these sliders: run the cell again')")
 
 
