@@ -1,6 +1,11 @@
 # `make help` says what there is to make. Every target sets up .venv first when it has to.
 PY := .venv/bin/python
 export PYTHON
+# How PyTorch's threads wait: escd/waiting.py, for what imports torch before escd, and for notebooks' kernels.
+ifndef OMP_WAIT_POLICY
+export GOMP_SPINCOUNT ?= 1000
+export KMP_BLOCKTIME ?= 1
+endif
 
 .PHONY: help figures test study pretrain lab paper clean
 

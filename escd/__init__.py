@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .waiting import wait_briefly
+
+wait_briefly()  # before anything here imports torch
+
 from . import parts
 from .artefacts import export, low_rank
 from .backbone import Backbone, ImageTower, load_backbone

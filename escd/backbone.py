@@ -173,7 +173,8 @@ def _tower_config(model_cfg: Mapping | str) -> dict:
 class Backbone:
     """A latent diffusion model (vae, text encoder, UNet, scheduler), an image tower and attribute filters.
 
-    `filters` maps an attribute's name to its pretrained `AttributeFilter`; it may be empty.
+    `filters` maps an attribute's name to its pretrained `AttributeFilter`; it may be empty. `image_tower`
+    None is the published tower in `OPENCLIP`, fetched from the hub when it is first read: only filters do.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class Backbone:
         tokenizer: CLIPTokenizerFast,
         unet: UNet2DConditionModel,
         scheduler: DDIMScheduler,
-        image_tower: ImageTower,
+        image_tower: ImageTower | None,
         filters: Mapping[str, AttributeFilter] | None = None,
         name: str = "unnamed",
     ) -> None:
@@ -192,7 +193,7 @@ class Backbone:
         self.tokenizer = tokenizer
         self.unet = unet
         self.scheduler = scheduler
-        self.image_tower = image_tower
+        self._image_tower = image_tower
         self.filters = dict(filters or {})
         self.name = name
 
@@ -202,15 +203,27 @@ class Backbone:
         )
 
     @property
+    def image_tower(self) -> ImageTower:
+        """The visual encoder of Eq. 4. Raises OSError where it has to be fetched and cannot be."""
+        if self._image_tower is None:
+            tower = nn.Module.to(_open_clip_tower(None, self.dtype), self.device)
+            self._image_tower = tower.eval().requires_grad_(False)
+        return self._image_tower
+
+    @image_tower.setter
+    def image_tower(self, tower: ImageTower | None) -> None:
+        self._image_tower = tower
+
+    @property
     def components(self) -> dict[str, object]:
-        """The modules a diffusers pipeline is made of, by name."""
+        """The modules a diffusers pipeline is made of, by name; None for a tower not read yet."""
         return {
             "vae": self.vae,
             "text_encoder": self.text_encoder,
             "tokenizer": self.tokenizer,
             "unet": self.unet,
             "scheduler": self.scheduler,
-            "image_tower": self.image_tower,
+            "image_tower": self._image_tower,
         }
 
     @property
@@ -381,10 +394,10 @@ class Backbone:
         """Read a backbone from `folder`, in diffusers layout; its networks are frozen and in evaluation mode.
 
         A folder without `image_tower/` takes `image_tower`: a tower, or the safetensors file of the OpenCLIP
-        model in `OPENCLIP`, which is otherwise taken from the hub. The attribute filters are those of the
-        folder `filters`, where `python -m escd.pretrain filters` wrote them, by default those of `folder`
-        itself, if it has any. Raises FileNotFoundError for what is missing, ValueError for filters of another
-        backbone's width.
+        model in `OPENCLIP`, which is otherwise taken from the hub once a filter reads it. The filters
+        are those of the folder `filters`, where `python -m escd.pretrain filters` wrote them, by default
+        those of `folder` itself, if it has any. Raises FileNotFoundError for what is missing, ValueError for
+        filters of another backbone's width.
         """
         dtype, folder = as_dtype(dtype), Path(folder)
         _require_layout(folder)
@@ -392,7 +405,7 @@ class Backbone:
         wanted, dtype = dtype, torch.float32 if dtype is torch.bfloat16 else dtype
         if image_tower is None and (folder / "image_tower").is_dir():
             image_tower = _load(ImageTower, folder / "image_tower", dtype)
-        elif not isinstance(image_tower, ImageTower):
+        elif image_tower is not None and not isinstance(image_tower, ImageTower):
             image_tower = _open_clip_tower(image_tower, dtype)
         configs = sorted(Path(filters or folder).glob("filters/*/config.json"))
         if filters is not None and not configs:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .backbone import Backbone, open_safetensors
 from .files import whole
-from .parts import NO_PART, parameters_of
+from .parts import NO_PART, half_named, parameters_of
 from .prompts import PSEUDO_WORD
 from .reading import json_of
 from .skeleton import exchanged
@@ -27,19 +27,28 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 FORMAT = "escd-customization-1"
+# What changes in the reference while an attribute is learnt: what it is made of, or its outline.
+RECIPES = ("shape", "appearance")
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A sub-attribute: its name, the word it starts from, its pseudo-word, and the part it tunes."""
+    """A sub-attribute: its name, the word it starts from, its pseudo-word, the part it tunes, and how.
+
+    recipe: "shape" keeps the reference's outline and changes what it is made of while it learns, "appearance"
+    the other way round. None takes "shape" for a part of the encoder and "appearance" for one of the decoder;
+    for any other part it stays None, and `TuningConfig.of` asks for one.
+    """
 
     name: str
     word: str
     token: str
     part: str
+    recipe: str | None = None
 
     def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
+        for key in ("name", "word", "token", "part"):
+            value = getattr(self, key)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"an attribute's {key} must be a word, not {value!r}")
         if not self.name.isidentifier():
@@ -48,6 +57,13 @@ class Attribute:
             raise ValueError(
                 f"an attribute's token is an asterisk and a lower-case name, like '*m', not {self.token!r}"
             )
+        if self.recipe not in (None, *RECIPES):
+            raise ValueError(
+                f"an attribute's recipe is {' or '.join(map(repr, RECIPES))}, not {self.recipe!r}"
+            )
+        if self.recipe is None:
+            of_half = {"encoder": "shape", "decoder": "appearance"}
+            object.__setattr__(self, "recipe", of_half.get(half_named(self.part)))
 
 
 # "we fine-tune only the encoder part ... for shape; for appearance, solely the decoder" (Attribute-aware
@@ -234,9 +250,13 @@ def _about(metadata: dict[str, str]) -> dict[str, Any]:
     if unknown := sorted(set(about) - {*_ABOUT, "attribute"}):
         raise ValueError(f"{_short(unknown[0])} is no field of a customization")
     given, wanted = about.get("attribute"), [f.name for f in fields(Attribute)]
+    if isinstance(given, dict):  # a file older than the attribute's own recipe has it in its configuration
+        given = {"recipe": about.get("config", {}).get("recipe")} | given
     if not isinstance(given, dict) or set(given) != set(wanted):
         raise ValueError(f"attribute must be a table of {', '.join(wanted)}, not {_short(given)}")
     return about | {"attribute": Attribute(**given)}
+
+
 def steps_of(path: str | Path) -> int | None:
     """The steps of the customization that a file holds; None for a file that is none."""
     with suppress(OSError, ValueError, KeyError, TypeError):

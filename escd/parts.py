@@ -40,12 +40,11 @@ def names_of(unet: nn.Module, part: str) -> list[str]:
 
     Raises ValueError, listing the grammar and what this UNet has, when `part` is unknown or names nothing.
     """
-    if not isinstance(part, str):
-        raise TypeError(f"a part of the UNet is named by a string, not by {type(part).__name__}")
+    terms = _terms(part)
     places = _places(unet)
     every_name = [name for name, _ in unet.named_parameters()]
     chosen: set[str] = set()
-    for term in (term.strip() for term in part.split("+")):
+    for term in terms:
         place, _, kind = term.partition("/")
         if place not in places or (kind not in KINDS if "/" in term else False):
             raise ValueError(f"unknown part {term!r} of the UNet; {_known(places)}")
@@ -62,6 +61,24 @@ def parameters_of(unet: nn.Module, part: str) -> dict[str, nn.Parameter]:
     """Name -> parameter of the part of `unet` that `part` names; errors as for `names_of`."""
     parameters = dict(unet.named_parameters())
     return {name: parameters[name] for name in names_of(unet, part)}
+
+
+def half_named(part: str) -> str | None:
+    """"encoder" or "decoder" when every place in `part` lies in that half, in whatever order; else None.
+
+    For a part whose UNet is not at hand; `escd.halves.half_of` looks at the parameters themselves. The places
+    `res.N` lie on both sides.
+    """
+    blocks = {"down": "encoder", "up": "decoder"}
+    places = [term.split("/")[0].split(".")[0] for term in _terms(part)]
+    halves = {blocks.get(place, place) for place in places}
+    return halves.pop() if halves in ({"encoder"}, {"decoder"}) else None
+
+
+def _terms(part: str) -> list[str]:
+    if not isinstance(part, str):
+        raise TypeError(f"a part of the UNet is named by a string, not by {type(part).__name__}")
+    return [term.strip() for term in part.split("+")]
 
 
 def _places(unet: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,12 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from .backbone import Backbone, draw_noise_levels, loss_weight, target_of
-from .customization import Attribute, Customization, LowRank, resolve_attribute
+from .customization import RECIPES, Attribute, Customization, LowRank, resolve_attribute
 from .fusion import pseudo_word
 from .halves import down_path, half_of, recomputed, up_path, with_weights
 from .images import Source, open_image_and_mask
 from .measure import foreground_mask
-from .parts import NO_PART, parameters_of
+from .parts import NO_PART, half_named, names_of, parameters_of
 from .world import FULL_FORMS, PATTERNS, World, captions_of
 
 # The prompts a reference is shown under name neither its background nor its other attribute: what they
@@ -146,6 +146,8 @@ class TuningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"a recipe is {' or '.join(map(repr, RECIPES))}, not {self.recipe!r}")
         for name in ("steps", "batch_size", "views", "draws", "seed", "rank"):
             value = getattr(self, name)
             if name == "rank" and value is None:
@@ -190,26 +192,33 @@ class TuningConfig:
         backbone: Backbone | None = None,
         **changes: object,
     ) -> TuningConfig:
-        """The configuration for an attribute, with `changes` (None keeps the default).
+        """The configuration for an attribute, with `changes` of its fields.
 
-        A `backbone` of Stable Diffusion's size has other defaults (`LARGE_RECIPE`) than `mini`.
+        None is a value of `noise_level`, `bias_learning_rate` and `rank`; another field keeps its default at
+        None. The attribute's recipe decides how it is learnt, the half that `part` lies in at which rate. A
+        `backbone` of Stable Diffusion's size has other defaults (`LARGE_RECIPE`) than `mini`. Raises
+        ValueError for an attribute without a recipe, for bad numbers, and for a part the backbone has not.
         """
         attribute = resolve_attribute(attribute)
-        recipe = "shape" if attribute.part == "encoder" else "appearance"
-        part = part or attribute.part
-        # A part inside one half learns at that half's rate.
-        half = next((h for h in ("encoder", "decoder") if part.split("/")[0] == h), None)
-        if half is None:
-            half = "encoder" if part.startswith("down") else "decoder" if part.startswith("up") else "all"
-        given = {k: v for k, v in changes.items() if v is not None}
-        optimizer = given.get("optimizer", "adamw" if "rank" in given else OPTIMIZER)
+        may_be_none = {field.name for field in fields(cls) if field.default is None}
+        given = {k: v for k, v in changes.items() if v is not None or k in may_be_none}
+        recipe = given.get("recipe", attribute.recipe)
+        if recipe not in RECIPES:
+            raise ValueError(
+                f"how is {attribute.name!r} learnt? Its part {attribute.part!r} does not say: pass "
+                f"recipe={' or recipe='.join(map(repr, RECIPES))}, to the attribute or here"
+            )
+        part = attribute.part if part is None else part
+        half = _rated_as(part, backbone)
+        ranked = given.get("rank") is not None
+        optimizer = given.get("optimizer", "adamw" if ranked else OPTIMIZER)
         rate = RATES[optimizer][recipe][half] if optimizer in OPTIMIZERS else 1.0  # refused by its check
         defaults = {
             "attribute": attribute.name,
             "recipe": recipe,
             "part": part,
             "steps": STEPS[recipe],
-            "learning_rate": rate * (LOW_RANK_RATE if "rank" in given else 1.0),
+            "learning_rate": rate * (LOW_RANK_RATE if ranked else 1.0),
             "word_learning_rate": WORD_RATES[recipe],
             # AdamW changes them either way.
             "bias_learning_rate": RATES["adamw"][recipe][half] if optimizer == "muon" else None,
@@ -223,12 +232,19 @@ class TuningConfig:
         if backbone is not None and backbone.large:
             defaults |= LARGE_RECIPE | {"steps": LARGE_STEPS[recipe]}
             defaults |= {"bias_learning_rate": None, "noise_level": None}
-            if "rank" in given:
+            if ranked:
                 defaults["learning_rate"] = LARGE_RANK_RATE
             if recipe == "appearance" and half == "decoder":
                 # A fifth of the time for the same scores on `mini` (notebook 3, benchmarks/tuning_cost.py).
                 defaults["conditioning"] = "half"
         return cls(**defaults | given)
+
+
+def _rated_as(part: str, backbone: Backbone | None) -> str:
+    """The half whose rates a part learns at: that of its parameters, or of its name without a backbone."""
+    if backbone is None or part == NO_PART:
+        return half_named(part) or "all"
+    return half_of(names_of(backbone.unet, part)) or "all"
 
 
 def recoloured(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -358,7 +374,7 @@ def customize(
     backbone: Backbone,
     *,
     steps: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     learning_rate: float | None = None,
     part: str | None = None,
     rank: int | None = None,
@@ -371,29 +387,30 @@ def customize(
 ) -> Customization:
     """Learn one attribute of one image: a pseudo-word, and the change of one part of the UNet (paper, Eq. 6).
 
-    image: a path, a PIL image, or a tensor (3, H, W) in [-1, 1]; the whole frame is the reference, padded to
-    a square as `escd.images` says, unless `mask` (white on the subject) or the image's own transparency
-    confines the loss; without them, a picture in which no silhouette is found gives a warning. attribute:
-    "shape", "appearance", or an `Attribute` of your own. steps: 0 gives the attribute filter's pseudo-word,
-    untuned. part: what learns, by default the attribute's own half; "none" tunes the pseudo-word alone. rank:
-    learn the change at this rank, for a small file that can be exported whole; None learns it in full.
-    callback(step, loss) is called after each step and ends the tuning early by returning True. Ctrl-C ends
-    it too, and what was learnt until then is returned; with keep_interrupted=False the interrupt goes on to
-    the caller, as it must where the result counts as one of all its steps. checkpointing: compute the UNet's
-    inner results again on the way back instead of keeping them (Chen et al. 2016): the same result for a
-    fraction of the memory and about a third more time; None does so where a GPU's memory would not do
-    otherwise (`escd.cost`). The backbone itself is not changed.
+    image: a path, a PIL image, or a tensor (3, H, W) in [-1, 1]; the whole frame is the reference, padded
+    to a square as `escd.images` says, unless `mask` (white on the subject) or the image's own
+    transparency confines the loss; without them, a picture in which no silhouette is found gives a
+    warning. attribute: "shape", "appearance", or an `Attribute` of your own. None takes the attribute's
+    default for steps, learning_rate and part, and 0 for the seed. steps: 0 gives the attribute filter's
+    pseudo-word, untuned. part: what learns, by default the attribute's own half; "none" tunes the pseudo-
+    word alone. rank: learn the change at this rank, for a small file that can be exported whole; None
+    learns it in full. callback(step, loss) is called after each step and ends the tuning early by
+    returning True. Ctrl-C ends it too, and what was learnt until then is returned; with
+    keep_interrupted=False the interrupt goes on to the caller, as it must where the result counts as one
+    of all its steps. checkpointing: compute the UNet's inner results again on the way back instead of
+    keeping them (Chen et al. 2016): the same result for a fraction of the memory and about a third more
+    time; None does so where a GPU's memory would not do otherwise (`escd.cost`). config: all of these
+    numbers at once, from `TuningConfig.of`. The backbone itself is not changed.
 
-    Raises ValueError or TypeError for an unknown attribute or part and for bad numbers, ImportError for
-    "adamw8bit" without bitsandbytes, and what `open_image` raises.
+    Raises ValueError or TypeError for an unknown attribute or part, for bad numbers and for a number that
+    contradicts `config`, ImportError for "adamw8bit" without bitsandbytes, and what `open_image` raises.
     """
     attribute = resolve_attribute(attribute)
+    numbers = {"steps": steps, "seed": seed, "learning_rate": learning_rate, "rank": rank}
     if config is None:
-        config = TuningConfig.of(
-            attribute, part, backbone, steps=steps, seed=seed, learning_rate=learning_rate, rank=rank
-        )
-    elif config.attribute != attribute.name:
-        raise ValueError(f"the configuration is for {config.attribute!r}, not for {attribute.name!r}")
+        config = TuningConfig.of(attribute, part, backbone, **numbers)
+    else:
+        _require_agreement(config, attribute, numbers | {"part": part})
     trained = {} if config.part == NO_PART else parameters_of(backbone.unet, config.part)
     halves = _HALVES[config.conditioning]
     if halves and half_of(list(trained)) not in halves:
@@ -439,6 +456,18 @@ def customize(
         config=asdict(config),
         losses=losses,
     )
+
+
+def _require_agreement(config: TuningConfig, attribute: Attribute, said: dict[str, object]) -> None:
+    """Raise ValueError where a call says one thing and the configuration beside it another."""
+    if config.attribute != attribute.name:
+        raise ValueError(f"the configuration is for {config.attribute!r}, not for {attribute.name!r}")
+    for name, value in said.items():
+        if value is not None and value != getattr(config, name):
+            raise ValueError(
+                f"{name}={value!r} contradicts the configuration, which says {getattr(config, name)!r}: "
+                f"say it there, dataclasses.replace(config, {name}={value!r})"
+            )
 
 
 class _Change:

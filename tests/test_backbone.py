@@ -238,8 +238,43 @@ def test_a_folder_of_one_variant_is_read(variant, tiny_folder, tmp_path):
 def test_a_missing_image_tower_is_told_clearly(offline, tiny_folder, tmp_path, monkeypatch):
     absent = dataclasses.replace(escd.backbone.OPENCLIP, repository="nobody/nothing")
     monkeypatch.setattr(escd.backbone, "OPENCLIP", absent)
+    folder = as_published(tiny_folder, tmp_path / "sd")
     with pytest.raises(OSError, match=r"no image tower of its own; nobody/nothing.*image_tower="):
-        load_backbone(as_published(tiny_folder, tmp_path / "sd"))
+        load_backbone(folder)  # its filters read one
+    shutil.rmtree(folder / "filters")
+    loaded = load_backbone(folder, device="cpu")
+    with pytest.raises(OSError, match=r"no image tower of its own; nobody/nothing.*image_tower="):
+        escd.extract_features(loaded, torch.zeros(1, 3, 16, 16))
+
+
+@torch.no_grad()
+def test_open_clips_weights_are_fetched_when_a_filter_reads_them(clip, tiny_folder, tmp_path, monkeypatch):
+    save_file(clip.state_dict(), tmp_path / "open_clip.safetensors")
+    monkeypatch.setattr(
+        escd.backbone, "OPENCLIP", dataclasses.replace(escd.backbone.OPENCLIP, architecture=CLIP_CFG)
+    )
+    fetched = []
+    monkeypatch.setattr(
+        escd.backbone,
+        "hf_hub_download",
+        lambda *_, **__: fetched.append(1) or str(tmp_path / "open_clip.safetensors"),
+    )
+    folder = as_published(tiny_folder, tmp_path / "sd")
+    shutil.rmtree(folder / "filters")
+    loaded = load_backbone(folder, device="cpu", dtype=torch.bfloat16)
+    picture = torch.zeros(3, 16, 16)
+    learnt = escd.customize(picture, "shape", loaded, steps=1, progress=False)
+    pipe = escd.ESCDPipeline(loaded, shape=learnt)
+    assert pipe("a *m shape", num_inference_steps=1).images
+    assert pipe.components["image_tower"] is None and pipe.to("cpu") is pipe
+    loaded.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "image_tower").exists() and not fetched
+    tower = load_backbone(tmp_path / "again", device="cpu", dtype=torch.bfloat16).image_tower
+    assert fetched == [1] and tower.dtype is torch.bfloat16 and not tower.training
+    assert not any(p.requires_grad for p in tower.parameters())
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    whole = ImageTower.from_open_clip(clip, CLIP_CFG).to(torch.bfloat16)
+    assert torch.equal(tower(x), whole(x))
 
 
 class Hub:

@@ -38,6 +38,14 @@ def test_tuning_step(capsys, monkeypatch):
     assert all(float(row.split()[-1]) > 0 for row in rows)
 
 
+def test_busy(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["busy.py", "--rounds", "1", "--steps", "1", "--spin", "100"])
+    runpy.run_path(str(FOLDER / "busy.py"), run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()[2:5]
+    assert [row[:20].strip() for row in rows] == ["as PyTorch comes", "as escd sets it", "100"]
+    assert rows[0].split()[-2] == "1.00x" and all(float(row.split()[-4].rstrip("s")) > 0 for row in rows)
+
+
 def test_pretraining(capsys, monkeypatch):
     threads = torch.get_num_threads()
     arguments = ["--rounds", "1", "--batch", "16", "--threads", str(threads)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -29,6 +30,9 @@ CHECKED = {
     "06_figures": 1,
     "your_image": 1,
 }
+WIDGETS = {"05_sliders": 4, "your_image": 2}  # outputs that are widgets, at least
+VIEW = "application/vnd.jupyter.widget-view+json"
+STATE = "application/vnd.jupyter.widget-state+json"
 SECONDS = 90  # on two cores that do nothing else
 PATIENCE = 4  # times that, on a machine that does
 
@@ -145,6 +149,33 @@ def test_a_notebook_is_committed_as_it_ran(name):
     assert not [output for output in outputs if output.output_type == "error"]
     text = (FOLDER / f"{name}.ipynb").read_text()
     assert not re.findall(r"(?<![\w.])/(?:home|root|Users|tmp|work|mnt|content|opt)/[\w.-]+", text)
+
+
+def models_of(state: dict, model_id: str) -> set[str]:
+    """A widget's model and all those it is made of, by id."""
+    found, open_ids = set(), {model_id}
+    while open_ids:
+        found |= open_ids
+        inner = (re.findall(r'"IPY_MODEL_(\w+)"', json.dumps(state[one])) for one in open_ids if one in state)
+        open_ids = {one for ids in inner for one in ids} - found
+    return found
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_a_widget_is_committed_with_its_state_and_with_something_plain(name):
+    nb = notebook(name)
+    state = nb.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
+    views = [o.data for cell in code_cells(nb) for o in cell.outputs if VIEW in o.get("data", {})]
+    for data in views:
+        assert models_of(state, data[VIEW]["model_id"]) <= state.keys()
+        assert "image/png" in data or "100%" in data["text/plain"], "a page without a kernel shows this"
+    assert not re.findall(r"(?<!\d)\d?\d%\|", json.dumps([data["text/plain"] for data in views]))
+    assert len(views) >= WIDGETS.get(name, 0)
+
+
+def test_a_missing_model_is_noticed():
+    state = {"a": {"state": {"children": ["IPY_MODEL_b"], "layout": "IPY_MODEL_c"}}, "b": {"state": {}}}
+    assert models_of(state, "a") == {"a", "b", "c"} and models_of(state, "z") == {"z"}
 
 
 def test_an_unknown_parameter_is_refused_before_anything_runs(tmp_path):

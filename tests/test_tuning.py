@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
+from safetensors.torch import save_file
 
 import escd
 from escd import tuning
@@ -114,6 +116,113 @@ def test_defaults_follow_the_source():
     assert (
         TuningConfig.of(own).recipe == "appearance" and TuningConfig.of(own, "down.1/attn2").learning_rate > 0
     )
+
+
+def own(part: str, recipe: str | None = None) -> escd.Attribute:
+    return escd.Attribute("outline", word="shape", token="*o", part=part, recipe=recipe)
+
+
+@pytest.mark.parametrize(
+    ("part", "recipe"),
+    [
+        ("encoder", "shape"),
+        ("down.1", "shape"),
+        ("encoder/attn2+down.0", "shape"),
+        ("up.0", "appearance"),
+        ("decoder/attn1", "appearance"),
+        ("mid", None),
+        ("down.1+up.0", None),
+        ("res.4", None),
+        ("all", None),
+    ],
+)
+def test_an_attributes_half_is_its_recipe_and_where_there_is_none_it_is_asked_for(part, recipe):
+    assert own(part).recipe == recipe
+    if recipe is None:
+        with pytest.raises(ValueError, match="recipe='shape' or recipe='appearance'"):
+            TuningConfig.of(own(part))
+    else:
+        assert TuningConfig.of(own(part)).recipe == recipe
+
+
+def test_an_attributes_own_recipe_decides_how_it_is_learnt(backbone, picture):
+    for recipe in ("shape", "appearance"):
+        config = TuningConfig.of(own("up.0", recipe))
+        assert config.recipe == recipe and config.steps == tuning.STEPS[recipe]
+        assert config.learning_rate == tuning.RATES["muon"][recipe]["decoder"]
+    said = TuningConfig.of(own("all"), recipe="shape")
+    assert said.recipe == "shape" and said.steps == tuning.STEPS["shape"], "and all that follows from it"
+    with pytest.raises(ValueError, match="recipe is 'shape' or 'appearance'"):
+        own("encoder", "outline")
+    with pytest.raises(ValueError, match="recipe"):
+        TuningConfig.of("shape", recipe="outline")
+    learnt = escd.customize(picture, own("down.1"), backbone, steps=1, progress=False)
+    assert learnt.config["recipe"] == "shape" and set(learnt.delta) == set(names_of(backbone.unet, "down.1"))
+
+
+def test_a_files_recipe_is_its_attributes(backbone, picture, tmp_path):
+    """Files from before an attribute had a recipe have it in their configuration."""
+    config = quick(own("all"), recipe="shape", steps=1)
+    learnt = escd.customize(picture, own("all"), backbone, config=config, progress=False)
+    plain = {name: w.contiguous() for name, w in {"pseudo_word": learnt.pseudo_word}.items()}
+    about = {
+        "attribute": {"name": "outline", "word": "shape", "token": "*o", "part": "all"},
+        "part": "all",
+        "backbone_identity": backbone.identity,
+        "backbone_name": "tiny",
+        "steps": 1,
+        "seed": 0,
+        "config": learnt.config,
+        "losses": [],
+    }
+    metadata = {"format": escd.customization.FORMAT, "about": json.dumps(about)}
+    save_file(plain, tmp_path / "old.safetensors", metadata=metadata)
+    assert escd.load_customization(tmp_path / "old.safetensors", backbone).attribute == own("all", "shape")
+    kept = replace(learnt, attribute=own("all", "appearance")).save(tmp_path / "new.safetensors")
+    assert escd.load_customization(kept, backbone).attribute == own("all", "appearance")
+
+
+def test_a_part_learns_at_the_rate_of_the_half_its_parameters_are_in(backbone):
+    rates = tuning.RATES["muon"]["shape"]
+    for given in (None, backbone):
+        for half, parts in {
+            "encoder": ("encoder", "down.0+down.1/attn2"),
+            "decoder": ("up.0 + decoder", "decoder/attn2"),
+            "all": ("down.1+up.0", "up.0+down.1", "decoder+mid", "mid", "res.4", NO_PART),
+        }.items():
+            assert {TuningConfig.of("shape", part, given).learning_rate for part in parts} == {rates[half]}
+    # Of the samplers at the UNet's full width there is only the way down's.
+    assert names_of(backbone.unet, "res.8/samplers")[0].startswith("down_blocks.0.downsamplers")
+    assert TuningConfig.of("shape", "res.8/samplers", backbone).learning_rate == rates["encoder"]
+    with pytest.raises(ValueError, match="unknown part 'sideways'"):
+        TuningConfig.of("shape", "sideways", backbone)
+    for given in (None, backbone):
+        with pytest.raises(TypeError, match="named by a string"):
+            TuningConfig.of("shape", 5, given)
+
+
+def test_none_can_be_said_where_it_is_a_value(backbone, picture):
+    assert TuningConfig.of("shape").noise_level is not None
+    config = quick("shape", noise_level=None, bias_learning_rate=None, rank=None)
+    assert config.noise_level is None and config.bias_learning_rate is None and config.rank is None
+    assert config.optimizer == tuning.OPTIMIZER, "no rank is no wish for AdamW"
+    kept = quick("shape", learning_rate=None, batch_size=None)
+    assert kept.learning_rate == TuningConfig.of("shape").learning_rate
+    assert kept.batch_size == tuning.BATCH_SIZES["shape"]
+
+
+@pytest.mark.parametrize(
+    "said", [{"steps": 7}, {"seed": 0}, {"learning_rate": 0.5}, {"part": "decoder"}, {"rank": 4}]
+)
+def test_a_number_beside_a_configuration_must_agree_with_it(backbone, picture, said):
+    config = quick("shape", seed=3)
+    ((name, value),) = said.items()
+    with pytest.raises(ValueError, match=rf"{name}={value!r} contradicts .*replace\(config, {name}="):
+        escd.customize(picture, "shape", backbone, config=config, progress=False, **said)
+    agreed = replace(quick("shape", optimizer="adamw", steps=0), **said)
+    assert escd.customize(
+        picture, "shape", backbone, config=agreed, progress=False, callback=lambda *_: True, **said
+    ).config == asdict(agreed)
 
 
 def test_a_large_backbone_has_a_recipe_of_its_own(backbone, monkeypatch):
