@@ -31,7 +31,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from . import measure, world
+from . import measure, texture, world
 
 CANDIDATES = 20  # silhouettes and materials a retrieval score chooses from
 LISTS = ("evaluation", "development")
@@ -143,6 +143,14 @@ class References:
         """Appearance of every candidate material, over its whole tile."""
         whole = torch.ones(world.SIZE, world.SIZE)
         return tuple(measure.appearance_of(m.tile * 2 - 1, whole) for m in self.materials)
+
+    @cached_property
+    def looks(self) -> texture.Candidates | None:
+        """The candidate materials by texture and colour apart; None where a material is but a tile."""
+        wholes = [material.whole for material in self.materials]
+        if any(whole is None for whole in wholes):
+            return None
+        return texture.Candidates(wholes, [material.tile for material in self.materials])
 
 
 def load_references(
