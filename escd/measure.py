@@ -228,6 +228,7 @@ def _canonical(masks: Tensor, angle: Tensor | float, which: Tensor | None = None
 # appearance
 
 LEVELS = 33  # quantiles a distribution is described by
+QUANTILES = np.linspace(0.02, 0.98, LEVELS)
 SCALES = (0.7, 1.4, 2.8)  # px at 64 px: standard deviations of the texture filters
 # What one unit of texture distance is worth in CIELAB units: the weight that retrieves best on the
 # development list, blurred and not. Two unlike materials differ by about 20 in colour and 0.09 in texture.
@@ -252,20 +253,13 @@ def appearance_of(image: Tensor, mask: Tensor) -> Appearance:
     texture.
     """
     lab = to_lab(image[None])[0]
-    inside = mask.detach().cpu().numpy() > 0.5
-    if not inside.any():
-        raise ValueError("an empty mask has no appearance")
-    inner = ndimage.binary_erosion(inside)  # the outermost pixels are mixed with the background
-    if inner.sum() < 0.25 * inside.sum():  # a thin outline: better mixed pixels than hardly any
-        inner = inside
-    nearest = ndimage.distance_transform_edt(~inner, return_distances=False, return_indices=True)
-    levels = np.linspace(0.02, 0.98, LEVELS)
-    colour = np.quantile(lab[inner] @ _directions().T, levels, axis=0).T
+    within = inner(mask.detach().cpu().numpy() > 0.5)
+    nearest = ndimage.distance_transform_edt(~within, return_distances=False, return_indices=True)
 
     lightness = lab[..., 0][tuple(nearest)]
-    spread = lightness[inner].std()
-    flat = (lightness - lightness[inner].mean()) / (spread + 2.0)  # 2: a nearly flat surface stays flat
-    responses = [np.full(inner.sum(), np.log(spread + 2.0) / 4)]  # how rough it is at all
+    spread = lightness[within].std()
+    flat = (lightness - lightness[within].mean()) / (spread + 2.0)  # 2: a nearly flat surface stays flat
+    responses = [np.full(within.sum(), np.log(spread + 2.0) / 4)]  # how rough it is at all
     for scale in SCALES:
         sigma = scale * min(lightness.shape) / 64
         dy = sigma * ndimage.gaussian_filter(flat, sigma, order=(1, 0))
@@ -273,9 +267,25 @@ def appearance_of(image: Tensor, mask: Tensor) -> Appearance:
         blob = ndimage.gaussian_filter(flat, sigma) - ndimage.gaussian_filter(flat, 1.6 * sigma)
         xx, yy, xy = (ndimage.gaussian_filter(p, 2 * sigma) for p in (dx * dx, dy * dy, dx * dy))
         agree = np.hypot(xx - yy, 2 * xy) / (xx + yy + 0.02)
-        responses += [2.0 * blob[inner], np.hypot(dx, dy)[inner], 0.5 * agree[inner]]
-    texture = np.quantile(np.stack(responses), levels, axis=1).T
-    return Appearance(colour.astype(np.float32), texture.astype(np.float32))
+        responses += [2.0 * blob[within], np.hypot(dx, dy)[within], 0.5 * agree[within]]
+    texture = np.quantile(np.stack(responses), QUANTILES, axis=1).T
+    return Appearance(colours_of(lab, within), texture.astype(np.float32))
+
+
+def inner(inside: np.ndarray) -> np.ndarray:
+    """A mask (H, W) bool without its outermost pixels, which are mixed with the background.
+
+    All of it where the outline is thin: better mixed pixels than hardly any. ValueError for an empty mask.
+    """
+    if not inside.any():
+        raise ValueError("an empty mask has no appearance")
+    eroded = ndimage.binary_erosion(inside)
+    return inside if eroded.sum() < 0.25 * inside.sum() else eroded
+
+
+def colours_of(lab: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Quantiles of CIELAB (H, W, 3) inside a mask, seen from fixed directions: (directions, LEVELS)."""
+    return np.quantile(lab[inside] @ _directions().T, QUANTILES, axis=0).T.astype(np.float32)
 
 
 def _directions() -> np.ndarray:

@@ -6,6 +6,10 @@ horse, materials from crops of photographs that ship inside scikit-image: nothin
 settle hyper-parameters on. Each has 20 silhouettes and 20 materials of distinct categories, which are the
 candidates of every retrieval score; the first of each are paired into references. A folder of other
 silhouettes and materials can take their place.
+
+The lists "real" and "real-development" hold photographed materials that are stationary, and silhouettes of
+things, a third of them pierced; `escd.lists` says how they were chosen, a NOTICE beside them whose they are.
+On these, texture and colour are scored apart (`escd.texture`).
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from . import measure, world
+from . import measure, texture, world
 
 CANDIDATES = 20  # silhouettes and materials a retrieval score chooses from
 LISTS = ("evaluation", "development")
+REAL_LISTS = ("real", "real-development")  # of real things: texture and colour are scored apart
+BUNDLED = Path(__file__).parent / "data" / "references"
 FINE = 128  # px: silhouettes are kept at this size, tiles at world.SIZE
 EXTENT = (
     44 / 64
@@ -47,6 +53,7 @@ class Silhouette:
     name: str
     mask: Tensor
     sha256: str  # of the image file, or of a glyph's outline in font units
+    pierced: bool = False  # with holes, gaps and inner lines: reported as a row of its own
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +63,8 @@ class Material:
     name: str
     tile: Tensor
     sha256: str  # of the image file, or of the file and the crop
+    # What the tile was cut from, its top left quarter: (3, 128, 128). Only of the real lists.
+    whole: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,12 +131,12 @@ class References:
     def sha256(self) -> str:
         """One sha256 over the inputs of all candidates and of the references, for a record."""
         every = [item.sha256 for item in (*self.silhouettes, *self.materials)]
-        return _sha256(json.dumps([every, [r.id for r in self.references]]).encode())
+        return sha256_of(json.dumps([every, [r.id for r in self.references]]).encode())
 
     @cached_property
     def silhouette_masks(self) -> Tensor:
         """Candidate silhouettes as they stand in a picture: (CANDIDATES, 64, 64) bool."""
-        return torch.stack([_resize(s.mask[None], world.SIZE)[0] > 0.5 for s in self.silhouettes])
+        return torch.stack([resized(s.mask[None], world.SIZE)[0] > 0.5 for s in self.silhouettes])
 
     @cached_property
     def appearances(self) -> tuple[measure.Appearance, ...]:
@@ -135,11 +144,19 @@ class References:
         whole = torch.ones(world.SIZE, world.SIZE)
         return tuple(measure.appearance_of(m.tile * 2 - 1, whole) for m in self.materials)
 
+    @cached_property
+    def looks(self) -> texture.Candidates | None:
+        """The candidate materials by texture and colour apart; None where a material is but a tile."""
+        wholes = [material.whole for material in self.materials]
+        if any(whole is None for whole in wholes):
+            return None
+        return texture.Candidates(wholes, [material.tile for material in self.materials])
+
 
 def load_references(
     folder: str | Path | None = None, *, which: str = "evaluation", count: int | None = None, twenty: int = 1
 ) -> References:
-    """The bundled list `which` ("evaluation" or "development"), or one made from a folder.
+    """The bundled list `which` (of LISTS or REAL_LISTS), or one made from a folder.
 
     A folder holds `silhouettes/*.png` (white on black) and `materials/*.webp`. A file's category is its name
     without digits and trailing punctuation; files are taken in the order of a hash of their names, one a
@@ -149,8 +166,9 @@ def load_references(
     ValueError where a list is not there, too short, or its inputs are not the ones it was made from.
     """
     if folder is None:
-        if which not in LISTS:
-            raise ValueError(f"which must be one of {', '.join(LISTS)}, not {which!r}")
+        known = (*LISTS, *REAL_LISTS)
+        if which not in known:
+            raise ValueError(f"which must be one of {', '.join(known)}, not {which!r}")
         return _bundled(which, count)
     folder = Path(folder)
     if not folder.is_dir():
@@ -158,10 +176,10 @@ def load_references(
     if twenty < 1:
         raise ValueError(f"the lists of a folder are counted from 1, not {twenty}")
     before = (twenty - 1) * CANDIDATES
-    silhouettes = _distinct_silhouettes(_in_order(folder / "silhouettes", "*.png"), before + CANDIDATES)
+    silhouettes = _distinct_silhouettes(in_order(folder / "silhouettes", "*.png"), before + CANDIDATES)
     materials = tuple(
-        Material(path.stem, _tile(Image.open(path)), _sha256(path.read_bytes()))
-        for path in _one_a_category(_in_order(folder / "materials", "*.webp"), twenty)[:CANDIDATES]
+        Material(path.stem, _tile(Image.open(path)), sha256_of(path.read_bytes()))
+        for path in _one_a_category(in_order(folder / "materials", "*.webp"), twenty)[:CANDIDATES]
     )
     name = "folder" if twenty == 1 else f"folder {twenty}"
     return _paired(name, silhouettes[before:], materials, CANDIDATES if count is None else count)
@@ -180,8 +198,8 @@ def compose_reference(
         raise ValueError(
             f"a silhouette is (H, W) and a tile (3, h, w), not {tuple(mask.shape)}, {tuple(tile.shape)}"
         )
-    coverage = _resize(mask[None].float(), size)[0].clamp(0, 1)
-    material = _resize(tile.float(), size).clamp(0, 1)
+    coverage = resized(mask[None].float(), size)[0].clamp(0, 1)
+    material = resized(tile.float(), size).clamp(0, 1)
     if background is None:
         background = max(GROUNDS, key=lambda name: _contrast(material, GROUNDS[name]))
     elif background not in GROUNDS:
@@ -196,7 +214,7 @@ def _contrast(tile: Tensor, rgb: tuple[float, float, float]) -> float:
     return float(np.percentile(np.linalg.norm(lab[0] - lab[1], axis=-1), 10))
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
+def resized(images: Tensor, size: int) -> Tensor:
     """(C, H, W) -> (C, size, size), antialiased."""
     if images.shape[-2:] == (size, size):
         return images
@@ -205,7 +223,8 @@ def _resize(images: Tensor, size: int) -> Tensor:
     )[0]
 
 
-def _sha256(data: bytes) -> str:
+def sha256_of(data: bytes) -> str:
+    """Of bytes; `records.sha256` is of files."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -215,7 +234,7 @@ def _sha256(data: bytes) -> str:
 
 @cache
 def _bundled(which: str, count: int | None) -> References:
-    listed = json.loads((Path(__file__).parent / "data" / "references" / f"{which}.json").read_text())
+    listed = json.loads((BUNDLED / f"{which}.json").read_text())
     silhouettes = tuple(_checked(_silhouette(entry), entry) for entry in listed["silhouettes"])
     materials = tuple(_checked(_material(entry), entry) for entry in listed["materials"])
     return _paired(which, silhouettes, materials, listed["references"] if count is None else count)
@@ -244,23 +263,36 @@ def _checked(item, entry: dict):
 
 
 def _silhouette(entry: dict) -> Silhouette:
+    if "file" in entry:
+        path = BUNDLED / entry["file"]
+        pierced = path.parent.name == "pierced"
+        return Silhouette(entry["name"], fit_silhouette(path), sha256_of(path.read_bytes()), pierced)
     if "glyph" in entry:
         contours = _glyph_contours(int(entry["glyph"].removeprefix("U+"), 16))
-        digest = _sha256(json.dumps([contour.tolist() for contour in contours]).encode())
+        digest = sha256_of(json.dumps([contour.tolist() for contour in contours]).encode())
         mask = _fill(_rasterise(contours), holes=entry.get("holes", False))
     else:
         data, picture = _bundled_image(entry["image"])
-        digest = _sha256(data)
+        digest = sha256_of(data)
         mask = _fit(np.asarray(picture.convert("L")) < 128)  # the horse is black on white
     return Silhouette(entry["name"], mask, digest)
 
 
 def _material(entry: dict) -> Material:
+    if "file" in entry:
+        whole = open_tile(BUNDLED / entry["file"])
+        digest = sha256_of((BUNDLED / entry["file"]).read_bytes())
+        return Material(entry["name"], whole[:, : world.SIZE, : world.SIZE], digest, whole)
     data, picture = _bundled_image(entry["image"])
     left, top, side = entry["crop"]
     tile = _tile(picture.convert("RGB").crop((left, top, left + side, top + side)))
     # A file's bytes, not its decoded pixels: two builds of libjpeg may differ by a level.
-    return Material(entry["name"], tile, _sha256(data + json.dumps(entry["crop"]).encode()))
+    return Material(entry["name"], tile, sha256_of(data + json.dumps(entry["crop"]).encode()))
+
+
+def open_tile(path: Path) -> Tensor:
+    """A file of a material as it is: (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def _bundled_image(name: str) -> tuple[bytes, Image.Image]:
@@ -341,6 +373,11 @@ def _fill(mask: Tensor, holes: bool) -> Tensor:
     return _fit_coverage(mask * torch.from_numpy(ndimage.binary_dilation(largest)))
 
 
+def fit_silhouette(path: Path) -> Tensor:
+    """A file of a silhouette, white on black, as `Silhouette.mask` holds it."""
+    return _fit(np.asarray(Image.open(path).convert("L")) >= 128)
+
+
 def _fit(solid: np.ndarray) -> Tensor:
     """A binary picture's foreground, centred in (FINE, FINE) with the longer side of its box EXTENT of it."""
     if not solid.any():
@@ -365,9 +402,9 @@ def _fit_coverage(mask: Tensor) -> Tensor:
 # a folder
 
 
-def _in_order(folder: Path, pattern: str) -> list[Path]:
+def in_order(folder: Path, pattern: str) -> list[Path]:
     """Files in an order that follows from their names alone and favours no category."""
-    paths = sorted(folder.glob(pattern), key=lambda path: _sha256(path.name.encode()))
+    paths = sorted(folder.glob(pattern), key=lambda path: sha256_of(path.name.encode()))
     if not paths:
         raise FileNotFoundError(f"no {pattern} in {folder}")
     return paths
@@ -393,10 +430,10 @@ def _distinct_silhouettes(paths: list[Path], count: int) -> tuple[Silhouette, ..
         if len(taken) == count:
             break
         data = path.read_bytes()
-        mask = _fit(np.asarray(Image.open(path).convert("L")) >= 128)
-        small = _resize(mask[None], world.SIZE) > 0.5
+        mask = fit_silhouette(path)
+        small = resized(mask[None], world.SIZE) > 0.5
         if float(measure.iou_matrix(small, known).max()) <= TOO_ALIKE:
-            taken.append(Silhouette(path.stem, mask, _sha256(data)))
+            taken.append(Silhouette(path.stem, mask, sha256_of(data)))
             known = torch.cat([known, small])
     return tuple(taken)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import backbone as backbones
-from . import kept, measure, records, world
+from . import kept, measure, records, texture, world
 from .artefacts import low_rank, relative_error
 from .backbone import Backbone, load_backbone
 from .customization import ATTRIBUTES, Customization
@@ -48,6 +48,7 @@ from .measure import Interval, paired_bootstrap
 from .pipeline import ESCDPipeline
 from .references import (
     LISTS,
+    REAL_LISTS,
     Reference,
     References,
     compose_reference,
@@ -64,7 +65,7 @@ NEAR_SHAPE = 0.7  # aligned IoU: a named shape this like a silhouette is not ano
 RANKS = (1, 2, 4, 8, 16, 32, 64)  # of a customization's change
 FULL_RANK = 1 << 20  # above that of any weight
 BATCH = 16  # pictures generated at once; bits are promised at equal batch shape
-Kind = Literal["floor", "customized", "ceiling"]
+Kind = Literal["floor", "customized", "ceiling", "lossless", "flat", "copy"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -73,18 +74,20 @@ Kind = Literal["floor", "customized", "ceiling"]
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """One attribute of one reference: tuned, or the floor or the ceiling of the same prompts."""
+    """One attribute of one reference: tuned, or a control of the same prompts."""
 
     # "shape" or "appearance".
     attribute: str
     # Id of the reference in its list.
     reference: str
-    # "floor": the untouched backbone; "ceiling": the autoencoder's reconstruction of a right answer.
+    # "floor": the untouched backbone; "ceiling": the autoencoder's reconstruction of a right answer;
+    # "lossless": the right answer itself; "flat": the same, filled with the material's mean colour (for an
+    # appearance); "copy": the reference, whatever was asked for, which is what full leakage would score.
     kind: Kind
-    # How it was learnt; None for floor and ceiling.
+    # How it was learnt; None for the others.
     tuning: TuningConfig | None = None
-    # Which list the reference and its candidates are from: "evaluation", "development", or "folder", "folder
-    # 2" and so on.
+    # Which list the reference and its candidates are from: of LISTS, of REAL_LISTS, or "folder", "folder 2"
+    # and so on.
     list: str = "evaluation"
     backbone: str = "mini"
     # First seed of the pictures' noise.
@@ -92,9 +95,16 @@ class StudyConfig:
     sampler_steps: int = 25
     guidance_scale: float = 4.0
 
+    def __post_init__(self) -> None:
+        if self.kind == "flat" and self.attribute != "appearance":
+            raise ValueError(f"a flat colour is a control of an appearance, not of {self.attribute!r}")
+
     @property
     def arm(self) -> str:
-        """What the tables call it: "floor", "word" (the pseudo-word at zero steps), a part, or "ceiling"."""
+        """What the tables call it: the kind, "word" (the pseudo-word at zero steps), or the part tuned.
+
+        A part tuned on the reference as it is (`augmentation` 0: the source's recipe) is "PART (source)".
+        """
         return _arm(self.kind, self.tuning)
 
 
@@ -113,9 +123,13 @@ class CompositionConfig:
     sampler_steps: int = 25
     guidance_scale: float = 4.0
 
+    def __post_init__(self) -> None:
+        if self.kind == "copy":
+            raise ValueError("a pair has two references: none of them is a copy of both")
+
     @property
     def arm(self) -> str:
-        """Floor, ceiling, "ours" (shape: encoder, appearance: decoder), "reversed", or the parts by name."""
+        """The kind, "ours" (shape: encoder, appearance: decoder), "reversed", or the parts by name."""
         arms = _arm(self.kind, self.shape_tuning), _arm(self.kind, self.appearance_tuning)
         named = {("encoder", "decoder"): "ours", ("decoder", "encoder"): "reversed"}
         return named.get(arms, arms[0] if arms[0] == arms[1] else " x ".join(arms))
@@ -172,7 +186,9 @@ def _arm(kind: str, tuning: TuningConfig | None) -> str:
         return kind
     if tuning is None:
         raise ValueError("a customized run says how it was tuned")
-    return "word" if tuning.part == NO_PART and tuning.steps == 0 else tuning.part
+    if tuning.part == NO_PART:
+        return "word" if tuning.steps == 0 else tuning.part
+    return tuning.part if tuning.augmentation else f"{tuning.part} (source)"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -279,9 +295,9 @@ def score_images(
     Against the silhouette of `shape`: aligned `iou`, and whether it is the nearest of the list's candidates
     (`silhouette`). Against the material of `appearance`: `colour` and `texture` distance, whether it is the
     nearest of the candidates by both (`material`) and by texture alone (`texture_material`), and
-    `texture_similarity`: 1 at no distance, 0 at that of the other candidates. `obeyed`: what each prompt
-    named. `failed`: no foreground found; the scores of such an image are None, and `table` counts it as a
-    miss and as a leak.
+    `texture_similarity`: 1 at no distance, 0 at that of the other candidates. On the real lists also texture
+    and colour apart (`texture.Candidates.score`). `obeyed`: what each prompt named. `failed`: no foreground
+    found; the scores of such an image are None, and `table` counts it as a miss and as a leak.
     """
     if images.shape[-2:] != (SIZE, SIZE):
         images = F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -292,21 +308,23 @@ def score_images(
     unlike = float(np.mean([measure.texture_distance(listed.appearances[own[1]], c) for c in others]))
     scores: dict[str, list] = {"failed": failed.tolist()}
     for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
-        row: dict[str, Any] = dict.fromkeys(SCORES)
+        row: dict[str, Any] = dict.fromkeys(SCORES if listed.looks is None else SCORES + texture.SCORES)
         if not failed[i]:
             look = measure.appearance_of(image, mask)
             mine = listed.appearances[own[1]]
-            texture = measure.texture_distance(look, mine)
+            rough = measure.texture_distance(look, mine)
             row = {
                 "iou": float(ious[i, own[0]]),
                 "silhouette": int(ious[i].argmax()) == own[0],
                 "colour": measure.colour_distance(look, mine),
-                "texture": texture,
+                "texture": rough,
                 "combined": measure.combined_distance(look, mine),
                 "material": _nearest(measure.combined_distance, look, listed.appearances) == own[1],
                 "texture_material": _nearest(measure.texture_distance, look, listed.appearances) == own[1],
-                "texture_similarity": float(np.clip(1 - texture / unlike, 0, 1)),
+                "texture_similarity": float(np.clip(1 - rough / unlike, 0, 1)),
             }
+            if listed.looks is not None:
+                row |= listed.looks.score(image, mask, own[1])
         for name, value in row.items():
             scores.setdefault(name, []).append(value)
     seen = judges(images)
@@ -360,10 +378,18 @@ def generate(
 def right_answers(
     asked: Sequence[Asked], shape: Reference, appearance: Reference, backbone: Backbone
 ) -> Tensor:
-    """What each prompt asks for, painted, and then reconstructed by the autoencoder: the ceiling.
+    """What each prompt asks for, painted, and then reconstructed by the autoencoder: the ceiling."""
+    latents = backbone.encode_images(painted_answers(asked, shape, appearance, backbone.image_size))
+    return backbone.decode_latents(latents).float().cpu()
+
+
+def painted_answers(
+    asked: Sequence[Asked], shape: Reference, appearance: Reference, size: int = SIZE, *, flat: bool = False
+) -> Tensor:
+    """What each prompt asks for, painted: (N, 3, size, size).
 
     The silhouette is `shape`'s unless the prompt names one, the material `appearance`'s unless it names a
-    pattern.
+    pattern; `flat`: its mean colour alone.
     """
     images = []
     for number, one in enumerate(asked):
@@ -371,15 +397,16 @@ def right_answers(
         if one.shape is not None:
             mask = named_outlines()[3 * SHAPES.index(one.shape)].float()
         tile = appearance.material.tile
+        if flat:
+            tile = tile.mean((1, 2), keepdim=True).expand_as(tile)
         if one.pattern is not None:
             draws = world.Draws(0, torch.tensor([number]))
             named = [torch.tensor([COLOURS.index(name)]) for name in (one.colours[0], one.colours[-1])]
             painted = world.as_painted(torch.tensor([PATTERNS.index(one.pattern)]), *named)
             rgb = [torch.tensor([COLOUR_RGB[COLOURS[int(k)]]]) for k in painted]
             tile = world.paint_pattern(draws, one.pattern, *rgb)[0]
-        images.append(compose_reference(mask, tile, one.background, backbone.image_size)[0])
-    latents = backbone.encode_images(torch.stack(images))
-    return backbone.decode_latents(latents).float().cpu()
+        images.append(compose_reference(mask, tile, one.background, size)[0])
+    return torch.stack(images)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -445,10 +472,11 @@ class Study:
 
     def references(self, name: str) -> References:
         """The list of this name."""
-        if name in LISTS:
+        if name in (*LISTS, *REAL_LISTS):
             return load_references(which=name)
         if self.folder is None:
-            raise ValueError(f"the list {name!r} is one of {', '.join(LISTS)}, or needs a folder")
+            known = ", ".join((*LISTS, *REAL_LISTS))
+            raise ValueError(f"the list {name!r} is one of {known}, or needs a folder")
         return _folder(self.folder, int(name.removeprefix("folder") or 1))
 
     def inputs(self, config: Any) -> dict[str, str]:
@@ -513,8 +541,15 @@ class Study:
         appearance: Reference, learnt: dict[str, Customization],
     ) -> dict[str, list]:  # fmt: skip
         listed, backbone = self.references(config.list), self.backbone(config.backbone)
-        if not isinstance(config, RankConfig) and config.kind == "ceiling":
+        kind = "customized" if isinstance(config, RankConfig) else config.kind
+        images = None
+        if kind == "ceiling":
             images = right_answers(asked, shape, appearance, backbone)
+        elif kind in ("lossless", "flat"):
+            images = painted_answers(asked, shape, appearance, flat=kind == "flat")
+        elif kind == "copy":
+            images = shape.image.expand(len(asked), -1, -1, -1)
+        if images is not None:
             return score_images(images, asked, shape, appearance, listed, self.judges())
         return score_customization(
             _quiet(ESCDPipeline(backbone, **learnt)), asked, shape, appearance, listed, self.judges(),
@@ -719,8 +754,11 @@ def configs(
 ) -> list[StudyConfig | CompositionConfig]:  # fmt: skip
     """The quick study of a list: floor, word, each part and ceiling of both attributes; both compositions.
 
-    A composition takes the shape of each reference and the appearance of the next.
+    A composition takes the shape of each reference and the appearance of the next. The real lists have more
+    arms: the source's recipe (each attribute's own half on the reference as it is), a lossless right answer,
+    a copy of the reference, and, for an appearance and for both, a flat colour.
     """
+    real = listed.name in REAL_LISTS
     grid: list[StudyConfig | CompositionConfig] = []
     word = {a: TuningConfig.of(a, NO_PART, steps=0, seed=seed) for a in attributes}
     tunings = {(a, part): TuningConfig.of(a, part, seed=seed) for a in attributes for part in parts}
@@ -732,12 +770,18 @@ def configs(
             learnt = [word[attribute], *(tunings[attribute, part] for part in parts)]
             grid += [base, *(replace(base, kind="customized", tuning=tuning) for tuning in learnt)]
             grid.append(replace(base, kind="ceiling"))
+            if real:
+                source = TuningConfig.of(attribute, augmentation=0.0, seed=seed)
+                grid.append(replace(base, kind="customized", tuning=source))
+                grid += [replace(base, kind=kind) for kind in ("lossless", "copy")]
+                grid += [replace(base, kind="flat")] if attribute == "appearance" else []
     if composition and {"encoder", "decoder"} <= set(parts) and {"shape", "appearance"} <= set(attributes):
         for reference, following in zip(listed, [*[*listed][1:], listed[0]], strict=True):
             pair = CompositionConfig(
                 reference.id, following.id, "floor", list=listed.name, backbone=backbone, seed=seed
             )
             grid += [pair, replace(pair, kind="ceiling")]
+            grid += [replace(pair, kind=kind) for kind in ("lossless", "flat") if real]
             for one, other in (("encoder", "decoder"), ("decoder", "encoder")):
                 grid.append(replace(
                     pair, kind="customized",
@@ -909,7 +953,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m escd.study", description=main.__doc__)
     parser.add_argument("--backbone", default="mini", help="what load_backbone is to load (default: mini)")
     parser.add_argument(
-        "--list", choices=LISTS, default="evaluation", help="references (default: evaluation)"
+        "--list", choices=(*LISTS, *REAL_LISTS), default="evaluation", help="references (default: evaluation)"
     )
     parser.add_argument("--folder", type=Path, help="use its silhouettes/*.png and materials/*.webp instead")
     parser.add_argument(
@@ -952,7 +996,12 @@ def main(argv: list[str] | None = None) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         made = (records.get(c, folder=stored, inputs=study.inputs(c)) for c in (*grid, *further))
-        print(show(table(made)))
+        if arguments.list in REAL_LISTS and not arguments.folder:
+            from . import tables  # which reads what is made here
+
+            print(tables.markdown(tables.real_tables(made)))
+        else:
+            print(show(table(made)))
 
 
 if __name__ == "__main__":
