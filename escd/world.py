@@ -54,6 +54,20 @@ UNNAMED_APPEARANCES = (
     "plain",
     "tiles",
 )
+# More of what real materials are made of; only a `varied` world draws them.
+VARIED_APPEARANCES = (
+    "spectral",
+    "relief",
+    "studs",
+    "chips",
+    "fibres",
+    "cracks",
+    "ribs",
+    "strata",
+    "planks",
+)
+# Share of a varied world's unnamed outlines that holes, gaps and inner lines are cut out of.
+PIERCED = 0.45
 # Never drawn by the "train" split: what a backbone is evaluated on must be new to it.
 HELDOUT_SHAPES = ("gear", "spiral", "comb")
 HELDOUT_APPEARANCES = ("hexcells", "weave", "target")
@@ -177,6 +191,11 @@ class Draws:
 # ------------------------------------------------------------------------
 # Outlines: each family maps Draws to closed contours (N, C, V, 2), counter-clockwise with y up; a clockwise
 # contour is a hole.
+
+
+def present(contours: Tensor) -> Tensor:
+    """Which contours (N, C, V, 2) there are, (N, C, 1, 1): one that is switched off lies in the origin."""
+    return (contours != 0).any(-1).any(-1)[..., None, None]
 
 
 def _angles(n: int, count: int, device: torch.device) -> Tensor:
@@ -478,6 +497,29 @@ def _comb(d: Draws) -> Tensor:
     teeth = _rectangle(x, 0.3 - long, half, long, torch.zeros_like(x))
     zero = torch.zeros(len(d), 1, device=d.index.device)
     return torch.cat([teeth, _rectangle(zero, zero + 0.35, zero + 1, zero + 0.25, zero)], 1)
+
+
+def _cuts(d: Draws) -> Tensor:
+    """Lines, round and square holes to be cut out of an outline: (N, 8, 24, 2) in units of its box.
+
+    Half of the lines run in one direction, as grilles, ribs and teeth do. Lines are 1 to 4 px wide.
+    """
+    lines, holes = 5, 3
+    width = d.uniform("cut width", 1, low=0.025, high=0.085).expand(-1, lines)
+    middle = d.uniform("cut at", lines, 2, low=-0.75, high=0.75)
+    together = d.uniform("cut together", 1) < 0.5
+    angle = torch.where(
+        together,
+        (d.uniform("cut angle", 1) * 4).round() * (math.pi / 4),
+        d.uniform("cut angles", lines, high=math.pi),
+    )
+    half = d.uniform("cut length", lines, low=0.15, high=0.9) ** d.uniform("cut short", 1, low=0.6, high=2.0)
+    along = _polar(half, angle)
+    line = _capsule(middle - along, middle + along, width, 24)
+    line = line * (d.uniform("cut line", lines) < 0.55)[..., None, None]
+    hole = _parts(d, "cut hole", holes, 0.6, 0.07, 0.32)
+    hole = hole * (d.uniform("cut hole there", holes) < 0.4)[..., None, None]
+    return torch.cat([line, hole], 1)
 
 
 OUTLINES: dict[str, Callable[[Draws], Tensor]] = {
@@ -807,6 +849,182 @@ def _target(d: Draws, size: int) -> Tensor:
     )
 
 
+def _spectrum(d: Draws, name: str, size: int) -> Tensor:
+    """Gaussian noise (N, S, S) of deviation 1 whose power spectrum is random: a slope, a band, a grain."""
+    white = (d.uniform(name, size * size) - 0.5).view(len(d), size, size)
+    f = torch.fft.fftfreq(size, device=d.index.device) * SIZE  # cycles in the 64 px frame
+    fy, fx = torch.meshgrid(f, f, indexing="ij")
+    turn = d.uniform(name + "turn", 1, 1, high=math.pi)
+    upright = d.uniform(name + "upright", 1, 1) < 0.5
+    turn = torch.where(upright, (turn / math.pi * 2).floor() * (math.pi / 2), turn)
+    long = torch.exp(d.uniform(name + "long", 1, 1, low=0.0, high=2.2)) ** (
+        d.uniform(name + "grained", 1, 1) < 0.6
+    )
+    u = (turn.cos() * fx + turn.sin() * fy) / long.sqrt()
+    v = (-turn.sin() * fx + turn.cos() * fy) * long.sqrt()
+    radius = torch.hypot(u, v)
+    slope = d.uniform(name + "slope", 1, 1, low=0.0, high=1.8)
+    low = torch.exp(d.uniform(name + "low", 1, 1, low=0.0, high=2.5))  # 1 to 12 cycles
+    high = low * torch.exp(d.uniform(name + "wide", 1, 1, low=0.3, high=3.0))
+    gain = (radius + 1) ** -slope * (1 - torch.exp(-((radius / low) ** 2))) * torch.exp(-((radius / high) ** 2))
+    level = torch.fft.ifft2(torch.fft.fft2(white) * gain).real
+    return level / level.flatten(1).std(1).clamp(min=1e-9)[:, None, None]
+
+
+def _lit(d: Draws, height: Tensor) -> Tensor:
+    """How bright a surface of this height (N, S, S), in pixels, is under one lamp: (N, S, S) around 1."""
+    dy = F.pad(height, (0, 0, 0, 1), mode="replicate").diff(dim=1)
+    dx = F.pad(height, (0, 1, 0, 0), mode="replicate").diff(dim=2)
+    angle = d.uniform("lamp", 1, 1, high=2 * math.pi)
+    slope = angle.cos() * dx + angle.sin() * dy
+    return (1 + slope) / (1 + dx.square() + dy.square()).sqrt()
+
+
+def _spectral(d: Draws, size: int) -> Tensor:
+    level = _spectrum(d, "a", size)
+    kind = d.uniform("kind", 1, 1)
+    steep = d.uniform("steep", 1, 1, low=1.5, high=6.0)
+    level = torch.where(kind < 0.2, 1.6 * level.abs() - 1.2, level)
+    level = torch.where(kind > 0.7, torch.tanh(steep * (level - d.uniform("cut", 1, 1, low=-0.8, high=0.8))), level)
+    return _ramp_colours(0.5 + 0.25 * level, _palette(d, 3))
+
+
+def _relief(d: Draws, size: int) -> Tensor:
+    """Plaster, rock, bark, snow: one colour and its stains, lit from a side."""
+    height = _spectrum(d, "a", size) * d.uniform("deep", 1, 1, low=0.15, high=1.2)
+    colours = _ramp_colours(_noise(d, "stain", size, (4, 9, 17)), _palette(d, 3))
+    return colours * (0.35 + 0.65 * _lit(d, height))[:, None]
+
+
+def _lattice(d: Draws, size: int, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells of a lattice, now and then with every other row shifted: place in the cell, in cells, each
+    (N, S, S), and which of two kinds a cell is."""
+    x, y = _turned(d, size, 0.8)
+    period = d.uniform("period", 1, 1, low=low, high=high)
+    x, y = x / period, y / (period * d.uniform("tall", 1, 1, low=0.6, high=1.6))
+    row = y.floor()
+    x = x + 0.5 * (row % 2) * (d.uniform("shifted", 1, 1) < 0.5)
+    return x - x.floor() - 0.5, y - row - 0.5, (x.floor() + row) % 2
+
+
+def _studs(d: Draws, size: int) -> Tensor:
+    """Tread plate, mesh, mosaic, rivets: one element at every place of a lattice, flat or raised."""
+    x, y, odd = _lattice(d, size, 5.0, 16.0)
+    crossed = (d.uniform("crossed", 1, 1) < 0.5) & odd.bool()
+    x, y = torch.where(crossed, y, x), torch.where(crossed, x, y)
+    turn = d.uniform("element", 1, 1, low=-0.8, high=0.8)
+    x, y = turn.cos() * x + turn.sin() * y, -turn.sin() * x + turn.cos() * y
+    wide, tall = d.uniform("wide", 2, 1, 1, low=0.12, high=0.46).unbind(1)
+    kind = d.uniform("kind", 1, 1)
+    round_ = torch.hypot(x / wide, y / tall)
+    boxy = torch.maximum(x.abs() / wide, y.abs() / tall)
+    far = torch.where(kind < 0.4, boxy, round_)
+    hollow = (d.uniform("hollow", 1, 1) < 0.25) & (far < 0.55)
+    inside = ((1 - far) * 3 + 0.5).clamp(0, 1) * ~hollow
+    colours = _palette(d, 3)
+    ground = _ramp_colours(0.5 + 0.2 * _spectrum(d, "ground", size), colours[:, :2])
+    raised = (d.uniform("raised", 1, 1) < 0.6)[:, None]
+    light = _lit(d, inside * d.uniform("high", 1, 1, low=0.5, high=1.6))[:, None]
+    flat = ground + inside[:, None] * (colours[:, 2, :, None, None] - ground)
+    return torch.where(raised, ground * light, flat)
+
+
+def _chips(d: Draws, size: int) -> Tensor:
+    """Terrazzo, granite, confetti: chips of several colours and sizes in a ground."""
+    out = _ramp_colours(0.5 + 0.15 * _spectrum(d, "ground", size), _palette(d, 3))
+    for layer, (low, high) in enumerate(((6.0, 14.0), (2.5, 6.0))):
+        own = Draws(d.seed + 101 + layer, d.index)
+        near, _, tone = _cells(own, size, own.uniform("period", 1, 1, low=low, high=high))
+        radius = own.uniform("radius", 1, 1, low=0.15, high=0.6) * torch.frac(tone * 7.31)
+        there = ((radius - near) * 4 + 0.5).clamp(0, 1)
+        there = there * (own.uniform("there", 1, 1) < 0.8)
+        colour = _ramp_colours(tone, _palette(own, 4))
+        out = out + there[:, None] * (colour - out)
+    return out
+
+
+def _fibres(d: Draws, size: int) -> Tensor:
+    """Grass, moss, fur, felt: short strokes in a few directions, the upper ones lighter."""
+    layers, level = 4, 0.0
+    spread = d.uniform("spread", 1, high=math.pi / 2)
+    main = d.uniform("main", 1, high=math.pi)
+    f = torch.fft.fftfreq(size, device=d.index.device) * SIZE
+    fy, fx = torch.meshgrid(f, f, indexing="ij")
+    long = d.uniform("long", 1, 1, low=2.5, high=7.0)
+    fine = d.uniform("fine", 1, 1, low=8.0, high=24.0)
+    for layer in range(layers):
+        turn = (main + spread * (d.uniform(f"turn{layer}", 1) - 0.5) * 2)[..., None]
+        u, v = turn.cos() * fx + turn.sin() * fy, -turn.sin() * fx + turn.cos() * fy
+        gain = torch.exp(-((u * long / fine) ** 2) - (v / fine) ** 2) * (1 - torch.exp(-((v / 3) ** 2)))
+        white = (d.uniform(f"strokes{layer}", size * size) - 0.5).view(len(d), size, size)
+        stroke = torch.fft.ifft2(torch.fft.fft2(white) * gain).real
+        stroke = stroke / stroke.flatten(1).std(1).clamp(min=1e-9)[:, None, None]
+        level = stroke if layer == 0 else torch.maximum(level, stroke)
+    return _ramp_colours(0.15 + 0.25 * level, _palette(d, 3))
+
+
+def _cracks(d: Draws, size: int) -> Tensor:
+    """Asphalt, dry mud, crazed glaze, leather: a ground under a net of thin lines."""
+    near, second, tone = _cells(d, size, d.uniform("period", 1, 1, low=5.0, high=20.0))
+    line = 1 - ((second - near) * d.uniform("thin", 1, 1, low=4.0, high=14.0)).clamp(0, 1)
+    colours = _palette(d, 3)
+    flat = d.uniform("even", 1, 1)
+    ground = _ramp_colours(0.5 + 0.3 * flat * (tone - 0.5) + 0.2 * _spectrum(d, "a", size), colours[:, :2])
+    return ground + line[:, None] * (colours[:, 2, :, None, None] * 0.8 - ground)
+
+
+def _ribs(d: Draws, size: int) -> Tensor:
+    """Corrugated sheet, siding, slats, cord; with a second set of thin lines across, a grid."""
+    x, y = _turned(d, size, 0.15)
+    lying = d.uniform("lying", 1, 1) < 0.5
+    x, y = torch.where(lying, y, x), torch.where(lying, x, y)
+    phase = torch.frac(x / d.uniform("period", 1, 1, low=3.0, high=14.0)).abs()
+    wave = 0.5 - 0.5 * torch.cos(2 * math.pi * phase)
+    kind, sharp = d.uniform("kind", 1, 1), d.uniform("sharp", 1, 1, low=0.3, high=4.0)
+    profile = torch.where(kind < 0.5, wave**sharp, torch.where(kind < 0.8, phase, (wave > 0.5).float()))
+    across = torch.frac(y / d.uniform("across", 1, 1, low=8.0, high=20.0)).abs()
+    line = (across < d.uniform("line", 1, 1, low=0.06, high=0.2)) & (d.uniform("grid", 1, 1) < 0.35)
+    colours = _palette(d, 3)
+    stained = d.uniform("stained", 1, 1, high=0.35)
+    face = _ramp_colours(profile + stained * _spectrum(d, "a", size) * 0.5, colours[:, :2])
+    return face + line.float()[:, None] * (colours[:, 2, :, None, None] - face)
+
+
+def _strata(d: Draws, size: int) -> Tensor:
+    """Onyx, travertine, sediment, grained wood: bands of many widths, bent."""
+    x, _ = _turned(d, size)
+    bend = _noise(d, "bend", size, (3, 5, 9)) * d.uniform("bent", 1, 1, low=0.0, high=45.0)
+    bands = d.uniform("bands", 96)
+    scale = torch.exp(d.uniform("scale", 1, 1, low=-0.7, high=1.4))  # px a band: 0.5 to 4
+    at = ((x + bend) / scale) % 96
+    low = at.floor().to(torch.int64).clamp(max=95)
+    one, other = (bands.gather(1, k.view(len(d), -1)).view_as(at) for k in (low, (low + 1) % 96))
+    level = one + (other - one) * (at - low)
+    return _ramp_colours(level + 0.1 * _spectrum(d, "a", size), _palette(d, 4))
+
+
+def _planks(d: Draws, size: int) -> Tensor:
+    """Floor boards, bamboo, mats: long strips, each of its own tone, with a fine grain along."""
+    x, y = _turned(d, size, 0.1)
+    lying = d.uniform("lying", 1, 1) < 0.5
+    x, y = torch.where(lying, y, x), torch.where(lying, x, y)
+    wide = d.uniform("wide", 1, 1, low=2.5, high=14.0)
+    strip = (x / wide).floor()
+    long = wide * d.uniform("long", 1, 1, low=3.0, high=14.0)
+    shift = torch.frac(torch.sin(strip * 12.9898) * 43758.5453).abs()
+    piece = (y / long + shift).floor()
+    tone = torch.frac(torch.sin(strip * 78.233 + piece * 37.719) * 43758.5453).abs()
+    seam = d.uniform("seam", 1, 1, low=0.0, high=0.9)
+    inside_x = wide / 2 - ((x % wide) - wide / 2).abs()
+    inside_y = long / 2 - (((y / long + shift) - piece) * long - long / 2).abs()
+    joint = (1 - _edge(torch.minimum(inside_x, inside_y) - 0.6)) * seam
+    along, over = _noise(d, "grain", size, (40, 64), (8, 1)), _noise(d, "grain", size, (40, 64), (1, 8))
+    grain = torch.where(lying, over.transpose(1, 2), along.transpose(1, 2))
+    mix = d.uniform("mix", 1, 1, low=0.2, high=0.8)
+    face = _ramp_colours(mix * tone + (1 - mix) * grain, _palette(d, 3))
+    return face * (1 - 0.8 * joint)[:, None]
+
+
 TEXTURES: dict[str, Callable[[Draws, int], Tensor]] = {
     "fbm": _fbm,
     "marble": _marble,
@@ -823,6 +1041,15 @@ TEXTURES: dict[str, Callable[[Draws, int], Tensor]] = {
     "hexcells": _hexcells,
     "weave": _weave,
     "target": _target,
+    "spectral": _spectral,
+    "relief": _relief,
+    "studs": _studs,
+    "chips": _chips,
+    "fibres": _fibres,
+    "cracks": _cracks,
+    "ribs": _ribs,
+    "strata": _strata,
+    "planks": _planks,
 }
 
 
@@ -889,8 +1116,9 @@ class World:
 
     seed: two worlds of different seeds share no picture. split: "train", or "heldout", whose unnamed shapes
     and appearances are of families that no training picture shows. named_shapes, named_appearances: the
-    share of pictures whose factor has a name. device: where to paint. ``world[i]`` is a `Sample`,
-    ``world.batch`` a `Batch`.
+    share of pictures whose factor has a name. varied: with the families of VARIED_APPEARANCES, and with
+    holes, gaps and inner lines in many unnamed outlines. device: where to paint. ``world[i]`` is a
+    `Sample`, ``world.batch`` a `Batch`.
     """
 
     def __init__(
@@ -900,6 +1128,7 @@ class World:
         *,
         named_shapes: float = 0.45,
         named_appearances: float = 0.45,
+        varied: bool = False,
         size: int = SIZE,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -912,6 +1141,9 @@ class World:
         self.named_shapes, self.named_appearances = named_shapes, named_appearances
         self.shape_families = UNNAMED_SHAPES if split == "train" else HELDOUT_SHAPES
         self.appearance_families = UNNAMED_APPEARANCES if split == "train" else HELDOUT_APPEARANCES
+        self.varied = varied
+        if varied and split == "train":
+            self.appearance_families += VARIED_APPEARANCES
 
     def __repr__(self) -> str:
         return f"World(seed={self.seed}, split={self.split!r}, size={self.size})"
@@ -944,22 +1176,45 @@ class World:
         mask = torch.zeros(len(d), self.size, self.size, device=self.device)
         for k in kind.unique().tolist():
             rows = (kind == k).nonzero()[:, 0]
-            mask[rows] = rasterise(
-                self._posed(OUTLINES[families[k]](d[rows]), p[rows], k < len(SHAPES)), self.size
-            )
+            contours = OUTLINES[families[k]](d[rows])
+            mask[rows] = rasterise(self._posed(contours, p[rows], k < len(SHAPES)), self.size)
+            if self.varied and k >= len(SHAPES):
+                self._pierce(mask, rows, contours, d, p)
         return mask[:, None], [families[k] for k in kind.tolist()]
 
-    def _posed(self, contours: Tensor, pose: Draws, named: bool) -> Tensor:
-        """Contours in pixels, y down: turned, stretched, scaled, and kept inside the frame."""
-        # Contours that a family switched off lie in the origin and must not widen the box.
-        present = (contours != 0).any(-1).any(-1)[..., None, None]
+    def _pierce(self, mask: Tensor, rows: Tensor, contours: Tensor, d: Draws, p: Draws) -> None:
+        """Cut holes, gaps and lines out of some of the outlines `rows`, where at least half is left."""
+        chosen = d[rows].uniform("pierced") < PIERCED
+        if not chosen.any():
+            return
+        rows, contours = rows[chosen], contours[chosen]
+        shown, cuts = present(contours), _cuts(d[rows])
+        low = torch.where(shown, contours, math.inf).amin((1, 2))[:, None, None]
+        high = torch.where(shown, contours, -math.inf).amax((1, 2))[:, None, None]
+        placed = torch.where(present(cuts), (low + high) / 2 + cuts * (high - low) / 2, 0.0)
+        cut = rasterise(self._posed(placed, p[rows], False, box=contours), self.size)
+        left = mask[rows] * (1 - cut)
+        enough = left.sum((1, 2)) > 0.5 * mask[rows].sum((1, 2))
+        mask[rows[enough]] = left[enough]
+
+    def _posed(self, contours: Tensor, pose: Draws, named: bool, box: Tensor | None = None) -> Tensor:
+        """Contours in pixels, y down: turned, stretched, scaled, and kept inside the frame.
+
+        box: the contours (N, C, V, 2) whose extent is scaled to the frame; None: `contours` themselves.
+        """
         limit = 0.16 if named else 0.30  # a named square must not become a diamond
         angle = pose.uniform("angle", low=-limit, high=limit)[:, None, None]
         stretch = pose.uniform("stretch", low=-0.1, high=0.1)[:, None, None].exp()
-        x, y = contours[..., 0] * stretch, contours[..., 1] / stretch
-        points = torch.stack([angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y], -1)
-        low = torch.where(present, points, math.inf).amin((1, 2))
-        high = torch.where(present, points, -math.inf).amax((1, 2))
+
+        def turned(points: Tensor) -> tuple[Tensor, Tensor]:
+            x, y = points[..., 0] * stretch, points[..., 1] / stretch
+            points = torch.stack([angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y], -1)
+            return points, present(points)
+
+        points, there = turned(contours)
+        outer, shown = (points, there) if box is None else turned(box)
+        low = torch.where(shown, outer, math.inf).amin((1, 2))
+        high = torch.where(shown, outer, -math.inf).amax((1, 2))
         extent = pose.uniform("extent", low=17.0, high=26.0)
         points = (points - ((low + high) / 2)[:, None, None]) / ((high - low).amax(-1) / 2)[
             :, None, None, None
@@ -969,7 +1224,7 @@ class World:
             pose.uniform("centre", 2, low=-1.0, high=1.0)
             * torch.minimum(room, torch.full_like(room, 8.0))[:, None]
         )
-        points = torch.where(present, points * extent[:, None, None, None] + centre[:, None, None], 0.0)
+        points = torch.where(there, points * extent[:, None, None, None] + centre[:, None, None], 0.0)
         return (points * torch.tensor([1.0, -1.0], device=points.device) + SIZE / 2) * (self.size / SIZE)
 
     def textures(
