@@ -87,10 +87,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     if not 1 <= arguments.latents <= MOST_LATENTS:
         parser.error(f"--latents must lie between 1 and {MOST_LATENTS}")
-    if arguments.latents != LATENT_CHANNELS and (arguments.weights is None or arguments.further):
+    if arguments.latents != LATENT_CHANNELS and arguments.weights is None:
         parser.error(
-            f"what ships has {LATENT_CHANNELS} latents at a place: train another number from nothing, into a "
-            "folder of your own (--weights)"
+            f"what ships has {LATENT_CHANNELS} latent channels: train another number into a folder of your own "
+            "(--weights; with --further it grows what lies there)"
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

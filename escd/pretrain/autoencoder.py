@@ -8,15 +8,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from ..trace import Trace
 from ..world import World
 from .loop import LoopConfig, psnr
 
 LATENT_CHANNELS = 4
 MOST_LATENTS = 48  # as many as a 4 x 4 patch has numbers
+# Deviation of latent channels that were added, as a share of that of the old ones: they come out of the noise
+# after those, and do not crowd them out of the loss.
+NEW_DEVIATION = 0.5
 GROUPS = 8
 # The constant that stands beside the data in a normalisation group of the linear start: large against pixels
 # in [-1, 1], so that the group's variance, and with it the gain, hardly depends on the picture.
@@ -133,6 +138,94 @@ def start_linear(vae: AutoencoderKL, images: Tensor) -> None:
         )
 
 
+@torch.no_grad()
+def grow(vae: AutoencoderKL, latents: int, images: Tensor) -> AutoencoderKL:
+    """The autoencoder with more latent channels: the old ones as they are, new ones for what they lose.
+
+    The new channels start as the first principal components of the 4 x 4 patches of the reconstruction's
+    error on `images` (N, 3, S, S), read from the encoder's last layer by ridge regression; the decoder
+    starts without them. Raises ValueError where there are as many channels already.
+    """
+    old = vae.config.latent_channels
+    if not old < latents <= MOST_LATENTS:
+        raise ValueError(f"an autoencoder of {old} latent channels cannot grow to {latents}")
+    wide = make_autoencoder(latents)
+    own, start = wide.state_dict(), vae.state_dict()
+    rows = torch.cat([torch.arange(old), latents + torch.arange(old)])  # means, then log variances
+    for name, value in own.items():
+        if value.shape == start[name].shape:
+            value.copy_(start[name])
+            continue
+        value.zero_()
+        if name.startswith("quant_conv") and value.ndim > 1:
+            value[rows[:, None], rows] = start[name]
+            new = torch.arange(old, latents)
+            value[new, new] = 1
+        elif name.startswith(("encoder.conv_out", "quant_conv")):
+            value[rows] = start[name]
+        elif value.ndim > 1:  # decoder.conv_in, post_quant_conv
+            value[: start[name].shape[0], :old] = start[name]
+        else:
+            value[:old] = start[name]
+    new = torch.arange(old, latents)
+    own["post_quant_conv.weight"][new, new] = 1
+    own["quant_conv.bias"][latents + new] = -7.0  # log variance
+    wide.load_state_dict(own)
+
+    parts = [_features_and_error(vae, x) for x in images.split(32)]
+    features, error = (torch.cat(part) for part in zip(*parts, strict=True))  # (M, 128), (M, 48)
+    error = error - error.mean(0)
+    _, spread, basis = torch.pca_lowrank(error, latents - old, niter=8)
+    wanted = error @ basis / (spread / len(error) ** 0.5)
+    middle = features.mean(0)
+    centred = features - middle
+    ridge = 1e-3 * centred.square().mean() * len(centred) * torch.eye(centred.shape[1])
+    weight = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ wanted).T
+    wide.encoder.conv_out.weight[old:latents, :, 1, 1] = weight
+    wide.encoder.conv_out.bias[old:latents] = -weight @ middle
+    return wide
+
+
+def _features_and_error(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the encoder's last layer reads (M, C), and each place's 4 x 4 patch of the error (M, 48)."""
+    with Trace(vae, "encoder.conv_act") as read:
+        made = vae(images).sample
+    error = F.pixel_unshuffle(images - made, 4)
+    return tuple(x.permute(0, 2, 3, 1).flatten(0, 2) for x in (read["encoder.conv_act"], error))
+
+
+@torch.no_grad()
+def even_out(vae: AutoencoderKL, old: int, images: Tensor, deviation: float) -> None:
+    """Give the channels from number `old` on one deviation, as a share of that of the old ones.
+
+    They are made uncorrelated among themselves and with the old ones on `images` (N, 3, S, S), by the two
+    1 x 1 convolutions around the latents: the reconstruction stays what it was.
+    """
+    z = torch.cat([vae.encode(x).latent_dist.mean for x in images.split(32)])
+    z = z.transpose(0, 1).flatten(1).double()  # (C, M)
+    middle = z.mean(1, keepdim=True)
+    covariance = (z - middle) @ (z - middle).T / z.shape[1]
+    known, cross, rest = covariance[:old, :old], covariance[old:, :old], covariance[old:, old:]
+    from_old = torch.linalg.solve(known, cross.T).T  # what the old channels say of the new ones
+    values, basis = torch.linalg.eigh(rest - from_old @ cross.T)
+    scale = deviation * known.diagonal().mean().sqrt() / values.flip(0).sqrt()
+    turn = torch.eye(len(z), dtype=torch.double)
+    turn[old:, old:] = scale[:, None] * basis.flip(1).T
+    turn[old:, :old] = -turn[old:, old:] @ from_old
+    shift = -(turn @ middle)[:, 0]
+    shift[:old] = 0
+    back = torch.linalg.inv(turn)
+    latents, quant, post = len(z), vae.quant_conv, vae.post_quant_conv
+    # Log variances move with the scale; they only matter for more training.
+    means = slice(0, latents)
+    quant.weight[means] = (turn @ quant.weight[means, :, 0, 0].double()).float()[:, :, None, None]
+    quant.bias[means] = (turn @ quant.bias[means].double() + shift).float()
+    quant.bias[latents + old :] += 2 * scale.log().float()
+    weight = post.weight[:, :, 0, 0].double() @ back
+    post.bias.copy_((post.bias.double() - weight @ shift).float())
+    post.weight.copy_(weight.float()[:, :, None, None])
+
+
 class AutoencoderLoss(nn.Module):
     """Reconstruction (squared and absolute error, and the error of finite differences) and a little KL."""
 
@@ -150,12 +243,36 @@ class AutoencoderLoss(nn.Module):
         edges = sum(error.diff(dim=d).abs().mean() for d in (-1, -2))
         squared = error.square().mean()
         kl = posterior.kl().float().mean() / image[0].numel()
-        loss = error.abs().mean() + 4 * squared + 0.5 * edges + 3e-5 * kl
-        return loss + self.perceptual(made, image), {"mse": squared, "kl": kl}
+        loss = error.abs().mean() + 4 * squared + 0.5 * edges + 3e-5 * kl + self.perceptual(made, image)
+        held, logs = self.hold(posterior.mean, image)
+        return loss + held, {"mse": squared, "kl": kl, **logs}
+
+    def hold(self, latents: Tensor, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A term that keeps latents (N, C, h, w) where they were, and its logs: there is none."""
+        return latents.new_zeros(()), {}
 
     def perceptual(self, made: Tensor, image: Tensor) -> Tensor:
         """A perceptual term between images (N, 3, H, W): there is none (`escd.pretrain.trials` tries one)."""
         return made.new_zeros(())
+
+
+class GrowingLoss(AutoencoderLoss):
+    """With a term that holds the old latent channels where they were: a UNet has learnt them."""
+
+    held = 4.0  # weight of the old channels' squared change, in units of their variance
+
+    def __init__(self, vae: AutoencoderKL, latents: int, images: Tensor) -> None:
+        super().__init__(latents)
+        self.old = vae.config.latent_channels
+        self.vae = grow(vae, latents, images)
+        self.__dict__["before"] = vae.requires_grad_(False)  # no part of this module's state
+        self.scale = vae.config.scaling_factor
+
+    def hold(self, latents: Tensor, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            wanted = self.before.encode(image).latent_dist.mean.float()
+        moved = ((latents[:, : self.old].float() - wanted) * self.scale).square().mean()
+        return self.held * moved, {"moved": moved}
 
 
 class AutoencoderStage:
@@ -167,17 +284,27 @@ class AutoencoderStage:
         self.module = AutoencoderLoss(latents)
         self.scaling: float | None = None  # that of the weights it goes on from
         self.heavy: list[nn.Module] = []
-        self.world = World(seed=11, named_shapes=0.25, named_appearances=0.3, device=device)
+        self.latents = latents
+        self.world = World(seed=11, named_shapes=0.25, named_appearances=0.3, varied=True, device=device)
         start_linear(self.module.vae, self.batch(10**6, 512).cpu())
         unseen = World(seed=9011, split="heldout", named_shapes=0.4, named_appearances=0.4, device=device)
         self.fixed = {"world": unseen.batch(range(96)).image, "frames": unseen.full_frames(range(96))}
         self.device = device
 
     def load(self, folder: Path) -> None:
-        """Go on with the decoder alone: the UNet has learnt the latents that the encoder makes."""
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-        self.module.vae.load_state_dict(vae.state_dict())
+        """Grow what is in `folder` to this stage's number of latent channels.
+
+        Where it has as many, go on with the decoder alone: the UNet has learnt the latents that the encoder
+        makes.
+        """
+        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(self.device)
         self.scaling = vae.config.scaling_factor
+        if vae.config.latent_channels < self.latents:
+            self.module = GrowingLoss(vae, self.latents, self.batch(10**6, 768))
+            self.module.to(self.device, memory_format=torch.channels_last)  # twice as fast on a CPU
+            return
+        self.module = AutoencoderLoss(vae.config.latent_channels).to(self.device)
+        self.module.vae.load_state_dict(vae.state_dict())
         for part in (self.module.vae.encoder, self.module.vae.quant_conv):
             part.requires_grad_(False)
 
@@ -202,6 +329,8 @@ class AutoencoderStage:
     def export(self, folder: Path) -> None:
         vae = make_autoencoder(self.module.vae.config.latent_channels).to(self.device)
         vae.load_state_dict(self.module.vae.state_dict())
+        if isinstance(self.module, GrowingLoss):
+            even_out(vae, self.module.old, self.world.batch(range(10**6, 10**6 + 768)).image, NEW_DEVIATION)
         scaling = self.scaling
         if scaling is None:
             # The UNet wants latents of unit variance: SD's scaling_factor, measured on the world.

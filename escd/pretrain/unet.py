@@ -61,6 +61,10 @@ MATERIAL = SHADES**3 + 4 * ROUGH
 NOISE_MEAN = -0.4
 # Under "*m" the mean is higher by this: the outline is settled where there is much noise.
 NOISIER = 0.8
+# For a UNet whose latent channels grew: the new ones are faint, so they are settled where there is less noise.
+GROWN_NOISE_MEAN, GROWN_NOISIER = -0.6, 0.9
+# Weight in the loss of each channel that was added; an old one has 1. What a prompt asks for lies in the old.
+NEW_WEIGHT = 0.4
 
 
 def make_unet(latents: int = LATENT_CHANNELS) -> UNet2DConditionModel:
@@ -78,6 +82,24 @@ def make_unet(latents: int = LATENT_CHANNELS) -> UNet2DConditionModel:
         attention_head_dim=4,
         norm_num_groups=32,
     )
+
+
+@torch.no_grad()
+def grow_unet(unet: UNet2DConditionModel, latents: int) -> UNet2DConditionModel:
+    """The UNet with more latent channels, which it neither reads nor predicts yet: the old ones as before.
+
+    Raises ValueError where it has as many already.
+    """
+    old = unet.config.in_channels
+    if not old < latents:
+        raise ValueError(f"a UNet of {old} latent channels cannot grow to {latents}")
+    wide = make_unet(latents)
+    own, start = wide.state_dict(), unet.state_dict()
+    own["conv_in.weight"].zero_()[:, :old] = start.pop("conv_in.weight")
+    for name in ("conv_out.weight", "conv_out.bias"):
+        own[name].zero_()[:old] = start.pop(name)
+    wide.load_state_dict(own | start)
+    return wide
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -182,12 +204,22 @@ class DiffusionLoss(FiltersInTraining):
         unet = make_unet(latents)
         super().__init__(backbone(unet))
         self.unet, self.scheduler = unet, make_scheduler()
+        self.means = (NOISE_MEAN, NOISIER)
+        self.old = latents  # channels that were not added
+        self.__dict__["weights"] = torch.ones(latents)
         self.__dict__["captured"] = {}  # graphs, and no part of this module's state
+
+    def grown(self, old: int) -> None:
+        """The latent channels from number `old` on were added: they weigh less, and more steps are for them."""
+        self.means, self.old = (GROWN_NOISE_MEAN, GROWN_NOISIER), old
+        self.weights[old:] = NEW_WEIGHT
+        self.weights /= self.weights.mean()
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         # a number of rows to each mean
-        means = ((step.plain, 0.0), (step.shape, NOISIER), (step.appearance, 0.0), (step.both, NOISIER))
-        t = torch.cat([draw_noise_levels(self.scheduler, n, NOISE_MEAN + more) for n, more in means])
+        mean, noisier = self.means
+        means = ((step.plain, 0.0), (step.shape, noisier), (step.appearance, 0.0), (step.both, noisier))
+        t = torch.cat([draw_noise_levels(self.scheduler, n, mean + more) for n, more in means])
         t, noise = t.to(step.x_0.device), torch.randn_like(step.x_0)
         target = target_of(self.scheduler, step.x_0, noise, t)
         given = (
@@ -195,11 +227,15 @@ class DiffusionLoss(FiltersInTraining):
             step.appearance_from, step.told_from, step.outline, step.material,
         )  # fmt: skip
         kinds = (step.plain, step.shape, step.appearance, step.both)
-        error, outline, material = self._errors(kinds, given)
+        errors, outline, material = self._errors(kinds, given)  # of each channel
+        known = errors[:, : self.old].mean(1)
         names = ("plain", "shape", "appearance", "both")
-        logs = {name: part.mean() for name, part in zip(names, error.split(kinds), strict=True) if len(part)}
+        logs = {name: part.mean() for name, part in zip(names, known.split(kinds), strict=True) if len(part)}
+        if self.old < errors.shape[1]:
+            logs["added"] = errors[:, self.old :].mean()
         told = {"outline": outline, "material": material}
-        return error.mean() + self.telling * sum(told.values()), logs | told
+        error = (errors * self.weights.to(errors)).mean()
+        return error + self.telling * sum(told.values()), logs | told
 
     def _errors(self, kinds: tuple[int, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`Errors`: on one GPU captured once as a graph, and replayed.
@@ -249,7 +285,8 @@ class Errors(nn.Module):
     """What of a step's loss is tensors alone: what a GPU can replay.
 
     Takes noised latents (N, C, h, w), timesteps (N,), targets (N, C, h, w), token ids (N, L), and embeds_ref
-    and truths as in `Step`; gives the squared errors (N,), and how badly outlines and materials are told.
+    and truths as in `Step`; gives the squared errors (N, C) of each channel, and how badly outlines and
+    materials are told.
     """
 
     def __init__(self, loss: DiffusionLoss, kinds: tuple[int, ...]) -> None:
@@ -263,7 +300,7 @@ class Errors(nn.Module):
         appearance_from: Tensor, told_from: Tensor, outline: Tensor, material: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         text = self.loss.read(ids, self.kinds, shape_from, appearance_from)
-        error = (self.unet(x_t, t, text).sample.float() - target).square().mean((1, 2, 3))
+        error = (self.unet(x_t, t, text).sample.float() - target).square().mean((2, 3))
         told = self.loss.told
         return error, told("shape", told_from, outline), told("appearance", told_from, material)
 
@@ -328,7 +365,9 @@ class UNetStage:
         self.portions: Iterator | None = None
         self.taken = 0  # portions
         self.first = 0
-        self.world = World(seed=13, named_shapes=NAMED_SHAPES, named_appearances=NAMED_APPEARANCES)
+        self.world = World(
+            seed=13, named_shapes=NAMED_SHAPES, named_appearances=NAMED_APPEARANCES, varied=True
+        )
         self.reuse = REUSE[device.type]
         self.generator = torch.Generator().manual_seed(13)
         # The ring of pictures: what of them is used again, row by row.
@@ -365,7 +404,12 @@ class UNetStage:
 
     def load(self, folder: Path) -> None:
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+        latents = self.module.unet.config.in_channels
+        if unet.config.in_channels < latents:
+            unet = grow_unet(unet, latents)
         self.module.unet.load_state_dict(unet.state_dict())
+        if latents > LATENT_CHANNELS:
+            self.module.grown(LATENT_CHANNELS)
         self.module.load(folder)
 
     def state_dict(self) -> dict[str, Any]:
@@ -474,12 +518,16 @@ class UNetStage:
         """The mean squared error on fixed pictures, noise and timesteps: comparable along the run.
 
         `mse`, `mse_noisy`: under plain captions, over all timesteps and over the noisier half; `shape`,
-        `appearance`: under captions whose pseudo-word the filter read off another picture.
+        `appearance`: under captions whose pseudo-word the filter read off another picture; all of the latent
+        channels that were not added, and `_added` of those that were.
         """
         x_0, captions = self.fixed
-        error = self._errors(x_0, self.backbone.encode_prompt(captions))
+        errors = self._errors(x_0, self.backbone.encode_prompt(captions))
+        error, added = errors[:, : self.module.old].mean(1), errors[:, self.module.old :]
         noisy = error[len(error) // 2 :]
         scores = {"mse": float(error.mean()), "mse_noisy": float(noisy.mean())}
+        if added.numel():
+            scores["mse_added"] = float(added.mean())
         b = quartets(self.unseen, torch.arange(1 << 20, (1 << 20) + 256, device=self.device))
         x_0 = self._encode(b.image)
         read = self._features(b.image, x_0, 0)
@@ -488,13 +536,14 @@ class UNetStage:
             attribute = ATTRIBUTES[name]
             v = self.module.filters[name](read[rows ^ turned], self.backbone.word_embedding(attribute.word))
             prompts = [captions[kind][0] for captions in said]
-            scores[name] = float(
-                self._errors(x_0, self.backbone.encode_prompt(prompts, {attribute.token: v.float()})).mean()
-            )
+            errors = self._errors(x_0, self.backbone.encode_prompt(prompts, {attribute.token: v.float()}))
+            scores[name] = float(errors[:, : self.module.old].mean())
+            if added.numel():
+                scores[f"{name}_added"] = float(errors[:, self.module.old :].mean())
         return {name: round(score, 5) for name, score in scores.items()}
 
     def _errors(self, x_0: Tensor, text: Tensor) -> Tensor:
-        """Squared error (N,) of fixed noise at timesteps spread evenly over the schedule."""
+        """Squared error (N, C) of fixed noise at timesteps spread evenly over the schedule."""
         scheduler = self.module.scheduler
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)
         t = torch.linspace(0, 999, len(x_0)).round().long().to(x_0.device)
@@ -503,7 +552,7 @@ class UNetStage:
         predicted = [
             self.module.unet.forward(x_t[k], t[k], text[k]).sample for k in torch.arange(len(x_0)).split(64)
         ]
-        return (torch.cat(predicted).float() - target).square().mean((1, 2, 3))
+        return (torch.cat(predicted).float() - target).square().mean((2, 3))
 
     def sample(self, text: Tensor) -> Tensor:
         """Images (N, 3, 64, 64) in [-1, 1] under text (N, L, D): 15 steps of DDIM, guidance 4, seed 0.
