@@ -866,7 +866,8 @@ def _spectrum(d: Draws, name: str, size: int) -> Tensor:
     slope = d.uniform(name + "slope", 1, 1, low=0.0, high=1.8)
     low = torch.exp(d.uniform(name + "low", 1, 1, low=0.0, high=2.5))  # 1 to 12 cycles
     high = low * torch.exp(d.uniform(name + "wide", 1, 1, low=0.3, high=3.0))
-    gain = (radius + 1) ** -slope * (1 - torch.exp(-((radius / low) ** 2))) * torch.exp(-((radius / high) ** 2))
+    band = (1 - torch.exp(-((radius / low) ** 2))) * torch.exp(-((radius / high) ** 2))
+    gain = (radius + 1) ** -slope * band
     level = torch.fft.ifft2(torch.fft.fft2(white) * gain).real
     return level / level.flatten(1).std(1).clamp(min=1e-9)[:, None, None]
 
@@ -885,7 +886,8 @@ def _spectral(d: Draws, size: int) -> Tensor:
     kind = d.uniform("kind", 1, 1)
     steep = d.uniform("steep", 1, 1, low=1.5, high=6.0)
     level = torch.where(kind < 0.2, 1.6 * level.abs() - 1.2, level)
-    level = torch.where(kind > 0.7, torch.tanh(steep * (level - d.uniform("cut", 1, 1, low=-0.8, high=0.8))), level)
+    cut = d.uniform("cut", 1, 1, low=-0.8, high=0.8)
+    level = torch.where(kind > 0.7, torch.tanh(steep * (level - cut)), level)
     return _ramp_colours(0.5 + 0.25 * level, _palette(d, 3))
 
 

@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--latents must lie between 1 and {MOST_LATENTS}")
     if arguments.latents != LATENT_CHANNELS and arguments.weights is None:
         parser.error(
-            f"what ships has {LATENT_CHANNELS} latent channels: train another number into a folder of your own "
-            "(--weights; with --further it grows what lies there)"
+            f"what ships has {LATENT_CHANNELS} latent channels: train another number into a folder of your "
+            "own (--weights; with --further it grows what lies there)"
         )
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

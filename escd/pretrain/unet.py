@@ -61,7 +61,7 @@ MATERIAL = SHADES**3 + 4 * ROUGH
 NOISE_MEAN = -0.4
 # Under "*m" the mean is higher by this: the outline is settled where there is much noise.
 NOISIER = 0.8
-# For a UNet whose latent channels grew: the new ones are faint, so they are settled where there is less noise.
+# For a UNet whose latent channels grew: the new ones are faint, and settle where there is less noise.
 GROWN_NOISE_MEAN, GROWN_NOISIER = -0.6, 0.9
 # Weight in the loss of each channel that was added; an old one has 1. What a prompt asks for lies in the old.
 NEW_WEIGHT = 0.4
@@ -210,7 +210,7 @@ class DiffusionLoss(FiltersInTraining):
         self.__dict__["captured"] = {}  # graphs, and no part of this module's state
 
     def grown(self, old: int) -> None:
-        """The latent channels from number `old` on were added: they weigh less, and more steps are for them."""
+        """The latent channels from number `old` on were added: they weigh less, at lower noise."""
         self.means, self.old = (GROWN_NOISE_MEAN, GROWN_NOISIER), old
         self.weights[old:] = NEW_WEIGHT
         self.weights /= self.weights.mean()
