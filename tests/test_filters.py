@@ -93,7 +93,7 @@ def test_the_command_writes_filters_that_load_backbone_takes(
         assert not torch.allclose(read, backbone.word_embedding(attribute.word))
         assert backbone.filters[name].mean.abs().sum() > 0
     (record,) = json.loads((weights / "training.json").read_text()).values()
-    assert backbone.identity in record["stage"] and record["images"] == 24
+    assert backbone.identity_without_filters in record["stage"] and record["images"] == 24
     assert {"shape", "shape, plain word", "appearance", "appearance, plain word"} < set(record["scores"][-1])
     # Goes on from them, and from nothing else.
     for path in (tmp_path / "runs").rglob("state.pt"):

@@ -87,7 +87,8 @@ class FilterStage:
         self.backbone = load_backbone(backbone, device=device, dtype=dtype)
         self.module = FilterLoss(self.backbone).to(device)
         self.device, self.heavy = device, []
-        self.name = f"{self.name}-{self.backbone.identity}"  # of a run's state, which is of one backbone
+        # A run's state is of one backbone, whose filters are what it learns.
+        self.name = f"{self.name}-{self.backbone.identity_without_filters}"
         kept = max(1, round(KEPT * len(files)))
         self.learnt, self.unseen = files[kept:], files[:kept]
         first = torch.stack([self._open(file) for file in self.learnt[:STANDARD]])
