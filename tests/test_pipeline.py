@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -370,6 +372,23 @@ def test_saving_again_leaves_no_old_customization(pipe, bare, tmp_path):
     assert not ESCDPipeline.from_pretrained(tmp_path, device="cpu").customizations
 
 
+def test_a_strangers_folder_names_its_own_files_and_a_scheduler(backbone, shape, tmp_path):
+    ESCDPipeline(backbone, shape=shape).save_pretrained(tmp_path / "sd")
+    shape.save(tmp_path / "outside.safetensors")
+    listed, index = tmp_path / "sd/customizations/index.json", tmp_path / "sd/model_index.json"
+    kept = listed.read_text()
+    for name in ("../../outside", str(tmp_path / "outside")):
+        listed.write_text(json.dumps([name]))
+        with pytest.raises(ValueError, match=r"index\.json lists names of attributes"):
+            ESCDPipeline.from_pretrained(tmp_path / "sd", device="cpu")
+    listed.write_text(kept)
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | {"scheduler": ["diffusers", "AutoencoderKL"]})
+    )
+    with pytest.raises(ValueError, match=r"model_index\.json: scheduler must name"):
+        ESCDPipeline.from_pretrained(tmp_path / "sd", device="cpu")
+
+
 # ---- what is refused
 
 
@@ -385,6 +404,10 @@ def test_saving_again_leaves_no_old_customization(pipe, bare, tmp_path):
         ({"strengths": {"texture": 1.0}}, "no attribute 'texture'; further ones loaded: none"),
         ({"strengths": {"shape": 1.0}}, "no attribute 'shape'"),
         ({"height": 15}, "height must be a multiple of 2 px, not 15"),
+        ({"width": 2**70}, "width must be at most 16384"),
+        ({"num_images_per_prompt": 2**70}, "num_images_per_prompt must be at most 16384"),
+        ({"guidance_scale": 10**400}, "guidance_scale must be a number from 0 on"),
+        ({"strengths": 3}, "strengths maps names of attributes to numbers, and is not 3"),
         ({"width": 0}, "width must be"),
         ({"guidance_scale": -1.0}, "guidance_scale"),
         ({"guidance_scale": float("inf")}, "guidance_scale"),
@@ -405,7 +428,7 @@ def test_bad_input_is_refused_before_any_work(pipe, backbone, options, message):
         m.register_forward_pre_hook(lambda *_: pytest.fail("a network ran"))
         for m in (pipe.unet, pipe.text_encoder)
     ]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         pipe(**{"prompt": BOTH} | options)
     for hook in hooks:
         hook.remove()

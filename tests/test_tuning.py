@@ -753,11 +753,20 @@ def test_without_a_silhouette_a_shape_changes_its_colours_and_the_whole_frame_is
         ({"learning_rate": float("nan")}, ValueError),
         ({"part": "sideways"}, ValueError),
         ({"seed": "x"}, TypeError),
+        ({"seed": 2**70}, ValueError),
+        ({"learning_rate": 10**400}, ValueError),
     ],
 )
 def test_bad_numbers_are_refused(backbone, picture, changes, error):
     with pytest.raises(error):
         escd.customize(picture, "shape", backbone, progress=False, **changes)
+
+
+@pytest.mark.parametrize("share", [1.5, -0.1, float("nan"), "0.5", torch.ones(2)])
+@pytest.mark.parametrize("name", ["augmentation", "dropout"])
+def test_shares_lie_between_0_and_1(name, share):
+    with pytest.raises(ValueError, match=f"{name} is a share between 0 and 1"):
+        TuningConfig.of("shape", **{name: share})
 
 
 def test_unknown_optimizers_and_muon_for_factors_are_refused():
