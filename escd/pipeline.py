@@ -144,6 +144,22 @@ class ESCDPipeline(
 
     enable_group_offload = enable_sequential_cpu_offload
 
+    # Not every release of diffusers has these four on its pipelines.
+
+    def enable_vae_slicing(self) -> None:
+        """Decode the images of a batch one by one, for less memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large images tile by tile, for less memory."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        self.vae.disable_tiling()
+
     def load_textual_inversion(self, *args: object, **kwargs: object) -> None:
         """Load words in diffusers' form beside the customizations, as `StableDiffusionPipeline` does.
 
@@ -194,9 +210,23 @@ class ESCDPipeline(
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
         image_tower: ImageTower | str | Path | None = None,
     ) -> ESCDPipeline:
-        """A pipeline from what `save_pretrained` wrote, or from any backbone `load_backbone` knows."""
+        """A pipeline from what `save_pretrained` wrote, or from any backbone `load_backbone` knows.
+
+        torch_dtype: diffusers' name for `dtype`; or the dtype of each component, "default" that of the rest.
+        """
+        if isinstance(torch_dtype, Mapping):
+            each = dict(torch_dtype)
+            rest = each.pop("default", dtype)
+            pipe = cls.from_pretrained(folder, device=device, dtype=rest, image_tower=image_tower)
+            for name, wanted in each.items():
+                pipe.components[name].to(wanted)
+            return pipe
+        if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+            raise ValueError(f"dtype= and torch_dtype= are the same thing, not {dtype} and {torch_dtype}")
+        dtype = torch_dtype if dtype is None else dtype
         backbone = load_backbone(folder, device=device, dtype=dtype, image_tower=image_tower)
         beside = Path(folder) / "customizations"
         if not (beside / "index.json").is_file():
@@ -386,8 +416,9 @@ class ESCDPipeline(
         return texts
 
     def _pseudo_words(self, strength_of: Mapping[str, float]) -> dict[str, Tensor]:
+        dtype = self.text_encoder.dtype
         return {
-            token: c.embedding(self.backbone.word_embedding(c.attribute.word), strength_of[token])
+            token: c.embedding(self.backbone.word_embedding(c.attribute.word).to(dtype), strength_of[token])
             for token, c in self.customizations.items()
         }
 

@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 import escd
 from escd import tuning
 from escd.artefacts import export
-from escd.backbone import loss_weight, target_of
+from escd.backbone import Backbone, draw_noise_levels, loss_weight, target_of
 from escd.customization import LowRank
 from escd.fusion import REACH, AttributeFilter, pseudo_word
 from escd.parts import names_of, parameters_of
@@ -854,3 +855,39 @@ def test_a_filter_reads_what_an_image_has_of_its_own(backbone):
     assert after > 10 * before
     assert torch.isfinite(learnt(1e6 * many, word)).all(), "an image unlike all others goes no farther"
     assert learnt(1e6 * many, word).abs().max() < 10 * learnt(many, word).abs().max()
+
+
+# ---- whatever mode the caller is in
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_turned_on_by_tuning_itself(tiny_folder, mode):
+    image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def tune(image):
+        backbone = Backbone.from_pretrained(tiny_folder).to("cpu", torch.float32)
+        return escd.customize(image, "shape", backbone, steps=2, mask=torch.ones(1, 16, 16), progress=False)
+
+    wanted = tune(image)
+    with mode():
+        learnt = tune(image.clone())
+    assert learnt.losses == wanted.losses and torch.equal(learnt.pseudo_word, wanted.pseudo_word)
+
+
+def test_noise_levels_are_computed_where_there_is_float64(backbone):
+    class OnAnAppleGPU:
+        """The scheduler's table there: it has no float64, and has to come over first."""
+
+        def __init__(self, table):
+            self.table = table
+
+        def cpu(self):
+            return self.table
+
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    table = backbone.scheduler.alphas_cumprod
+    wanted = draw_noise_levels(backbone.scheduler, 4, 0.4, torch.Generator().manual_seed(0))
+    scheduler = SimpleNamespace(alphas_cumprod=OnAnAppleGPU(table), config=backbone.scheduler.config)
+    assert torch.equal(draw_noise_levels(scheduler, 4, 0.4, torch.Generator().manual_seed(0)), wanted)
