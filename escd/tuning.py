@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -143,6 +144,9 @@ class TuningConfig:
     # None: the part's weights learn. A number: what learns is the change of each matrix and kernel as two
     # factors of this rank (LoRA, Hu et al. 2021); biases and norms stay, so that all of it can be exported.
     rank: int | None = None
+    # Whether the views that keep a material show it at its own scale (`tiled`), or also enlarged and bent
+    # (`reshaped`), which blurs it.
+    true_scale: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -278,16 +282,65 @@ def reshaped(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid.to(images), padding_mode="reflection", align_corners=False)
 
 
+def tiled(image: Tensor, inside: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Frames (N, 3, H, W) full of the material of an image (3, H, W), pixel by pixel as it is there.
+
+    The largest rectangle within the silhouette `inside` (1, H, W) is repeated, mirrored at its edges, from a
+    random offset on. Nothing is interpolated: a material's finest detail is its texture.
+    """
+    h, w = image.shape[-2:]
+    top, left, high, wide = _largest_rectangle(inside[0].cpu().numpy() > 0.5)
+    offset = torch.rand(count, 2, generator=generator)
+
+    def mirrored(length: int, size: int, share: Tensor) -> Tensor:
+        """Indices (N, length) that run to and fro over `size` pixels."""
+        at = (torch.arange(length) + (share * 2 * size).long()[:, None]) % (2 * size)
+        return torch.where(at < size, at, 2 * size - 1 - at)
+
+    y, x = top + mirrored(h, high, offset[:, 0]), left + mirrored(w, wide, offset[:, 1])
+    return image[:, y[:, :, None], x[:, None, :]].transpose(0, 1)
+
+
+def _largest_rectangle(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Top, left, height and width of the rectangle within a mask (H, W) with the largest shorter side.
+
+    Of those the largest. The outermost pixels of the mask are mixed with the background, and left out where
+    enough is left.
+    """
+    inner = ndimage.binary_erosion(mask)
+    inner = inner if inner.sum() > 0.25 * mask.sum() else mask
+    high, wide = inner.shape
+    total = np.zeros((high + 1, wide + 1), int)
+    total[1:, 1:] = inner.cumsum(0).cumsum(1)
+
+    def places(h: int, w: int) -> np.ndarray:
+        """Where a rectangle of this size lies within."""
+        held = total[h:, w:] - total[:-h, w:] - total[h:, :-w] + total[:-h, :-w]
+        return np.argwhere(held == h * w)
+
+    side = max(k for k in range(1, min(high, wide) + 1) if len(places(k, k)))
+    best = (side, side)
+    for grown in range(side + 1, max(high, wide) + 1):
+        sizes = [size for size in ((grown, side), (side, grown)) if size[0] <= high and size[1] <= wide]
+        fits = [size for size in sizes if len(places(*size))]
+        if not fits:
+            break
+        best = fits[0]
+    found = places(*best)
+    top, left = found[len(found) // 2]
+    return int(top), int(left), *best
+
+
 def repainted(
-    image: Tensor, inside: Tensor, recipe: str, count: int, seed: int
+    image: Tensor, inside: Tensor, recipe: str, count: int, seed: int, true_scale: bool = False
 ) -> tuple[Tensor, list[tuple[str, ...]]]:
     """Images (N, 3, H, W) that keep one attribute of a reference (3, H, W), and prompts that say the rest.
 
     For a shape, the silhouette `inside` (1, H, W) is filled with the named patterns and colours of the world
     and set on its backgrounds; for an appearance, the world's named shapes are filled with what the reference
-    holds inside its silhouette, turned, stretched and bent. "{}" in a prompt is the pseudo-word. What a
-    prompt says the pseudo-word need not, so that it is left with its own attribute: the cross-image
-    supervision of the attribute filters, made from the one image there is.
+    holds inside its silhouette, turned, stretched and bent, or at its own scale (`tiled`). "{}" in a prompt
+    is the pseudo-word. What a prompt says the pseudo-word need not, so that it is left with its own
+    attribute: the cross-image supervision of the attribute filters, made from the one image there is.
     """
     world, index = World(seed, named_shapes=1.0, named_appearances=1.0), torch.arange(count)
     size = image.shape[-2:]
@@ -305,8 +358,11 @@ def repainted(
     else:
         mask, names = world.masks(index)
         cover = scaled(mask)
-        whole = _filled(image, inside).expand(count, -1, -1, -1)
-        painted = reshaped(whole, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        if true_scale:
+            painted = tiled(image, inside, count, generator)
+        else:
+            painted = reshaped(_filled(image, inside).expand(count, -1, -1, -1), generator)
         said = [(name, "{}", []) for name in names]
     images = painted * cover + (scaled(ground) * 2 - 1) * (1 - cover)
     return images.clamp(-1, 1), [
@@ -350,7 +406,9 @@ def views_of(
         inside, known = (mask > 0.5).float().view_as(image[:1]), True
     if not known:
         return torch.where(changed, recoloured(images, generator), images), weights, prompts
-    others, said = repainted(image, inside.to(image), config.recipe, count, config.seed)
+    others, said = repainted(
+        image, inside.to(image), config.recipe, count, config.seed, config.true_scale
+    )
     prompts = [new if use else old for new, old, use in zip(said, prompts, chosen.tolist(), strict=True)]
     return torch.where(changed, others, images), torch.where(changed, 1.0, weights), prompts
 

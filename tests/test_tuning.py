@@ -891,3 +891,48 @@ def test_noise_levels_are_computed_where_there_is_float64(backbone):
     wanted = draw_noise_levels(backbone.scheduler, 4, 0.4, torch.Generator().manual_seed(0))
     scheduler = SimpleNamespace(alphas_cumprod=OnAnAppleGPU(table), config=backbone.scheduler.config)
     assert torch.equal(draw_noise_levels(scheduler, 4, 0.4, torch.Generator().manual_seed(0)), wanted)
+
+
+# ---- a material at its own scale
+
+
+def test_tiled_views_hold_only_neighbours_that_the_material_has():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 40, 48, generator=generator)
+    inside = torch.zeros(1, 40, 48)
+    inside[:, 7:25, 9:33] = 1
+    views = tuning.tiled(image, inside, 6, generator)
+    assert views.shape == (6, 3, 40, 48)
+    assert len({view.numpy().tobytes() for view in views}) == 6, "they differ"
+    material = image[:, 8:24, 10:32]  # without its outermost pixels
+    known = {tuple(pixel) for pixel in material.flatten(1).T.tolist()}
+    assert {tuple(pixel) for pixel in views.transpose(0, 1).flatten(1).T.tolist()} == known
+
+    def neighbours(of):
+        left, right = (part.flatten(1).T.tolist() for part in (of[:, :, :-1], of[:, :, 1:]))
+        return {frozenset((tuple(a), tuple(b))) for a, b in zip(left, right, strict=True)}
+
+    mirrored = {frozenset([pixel]) for pixel in known}
+    assert neighbours(views[0]) <= neighbours(material) | mirrored
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "wanted"),
+    [((0, 10), (0, 10), (1, 1, 8, 8)), ((3, 9), (2, 30), (4, 3, 4, 26)), ((5, 6), (4, 9), (5, 4, 1, 5))],
+)
+def test_the_largest_rectangle_lies_within_the_mask(rows, columns, wanted):
+    mask = np.zeros((32, 32), bool)
+    mask[slice(*rows), slice(*columns)] = True
+    assert tuning._largest_rectangle(mask) == wanted
+
+
+def test_views_at_true_scale_are_asked_for_by_the_configuration(picture):
+    config = TuningConfig.of("appearance", steps=1, augmentation=1.0, views=4)
+    mask = torch.ones(1, *picture.shape[-2:])
+    bent, _, said = views_of(picture, mask, config)
+    plain, _, same = views_of(picture, mask, replace(config, true_scale=True))
+    assert said == same and not torch.equal(bent, plain)
+    pixels = [views.transpose(0, 1).flatten(1).T for views in (picture[None], plain, bent)]
+    nearest = [torch.cdist(each, pixels[0]).amin(1) for each in pixels[1:]]
+    own, interpolated = ((each < 1e-3).float().mean() for each in nearest)
+    assert own > 0.1 and interpolated < 0.5 * own, "pixels of the material itself"
