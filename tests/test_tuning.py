@@ -926,7 +926,8 @@ def test_the_largest_rectangle_lies_within_the_mask(rows, columns, wanted):
     assert tuning._largest_rectangle(mask) == wanted
 
 
-def test_views_at_true_scale_are_asked_for_by_the_configuration(picture):
+def test_views_at_true_scale_are_asked_for_by_the_configuration():
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     config = TuningConfig.of("appearance", steps=1, augmentation=1.0, views=4)
     mask = torch.ones(1, *picture.shape[-2:])
     bent, _, said = views_of(picture, mask, config)
@@ -934,5 +935,5 @@ def test_views_at_true_scale_are_asked_for_by_the_configuration(picture):
     assert said == same and not torch.equal(bent, plain)
     pixels = [views.transpose(0, 1).flatten(1).T for views in (picture[None], plain, bent)]
     nearest = [torch.cdist(each, pixels[0]).amin(1) for each in pixels[1:]]
-    own, interpolated = ((each < 1e-3).float().mean() for each in nearest)
+    own, interpolated = ((each < 1e-4).float().mean() for each in nearest)
     assert own > 0.1 and interpolated < 0.5 * own, "pixels of the material itself"
