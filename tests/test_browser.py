@@ -63,9 +63,10 @@ def address(folder) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Iterator[Page]:
-    with chromium(tmp_path_factory.mktemp("chromium")) as page:
+@pytest.fixture
+def page(tmp_path) -> Iterator[Page]:
+    """A browser of the test's own: one with a notebook that is not saved asks before it leaves it."""
+    with chromium(tmp_path) as page:
         yield page
 
 
