@@ -63,14 +63,18 @@ def address(folder) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Iterator[Page]:
-    with chromium(tmp_path_factory.mktemp("chromium")) as page:
+@pytest.fixture
+def page(tmp_path) -> Iterator[Page]:
+    """A browser of the test's own: one with a notebook that is not saved asks before it leaves it."""
+    with chromium(tmp_path) as page:
         yield page
 
 
 def opened(page: Page, address: str, notebook: str) -> None:
     """Open a notebook, alone, and wait until its cells stand on the page and its kernel is there."""
+    # JupyterLab puts only those cells on the page that are in sight.
+    tall = {"width": 1200, "height": 9000, "deviceScaleFactor": 1, "mobile": False}
+    page.call("Emulation.setDeviceMetricsOverride", **tall)
     page.call("Page.navigate", url=address.replace("NAME", f"{notebook}.ipynb") + "&reset")
     page.until("window.jupyterapp && document.querySelectorAll('.jp-Cell').length")
     page.until(f"({KERNEL})?.status == 'idle'")
@@ -134,7 +138,7 @@ def test_the_sliders_say_what_surprises_and_dim_what_is_old(page, address):
 @pytest.mark.parametrize("name", COMMITTED)
 def test_a_clone_shows_pictures_in_place_of_widgets(page, address, name):
     opened(page, address, name)
-    page.until("document.querySelectorAll('.jp-OutputArea-output img').length")
+    page.until("document.querySelectorAll('.jp-OutputArea-output img').length >= 3")  # the sliders' too
     text = page.js("document.querySelector('.jp-Notebook').innerText")
     assert "VBox(" not in text and "Error displaying widget" not in text
     assert "0%" not in text.replace("100%", "")
