@@ -358,7 +358,6 @@ def test_told_to_end_it_keeps_what_it_has(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"escd: {word} after 2 of 5 steps; what was learnt is kept in {result}"
     assert steps_of(result) == 2
-    assert all(signal.getsignal(each) is signal.default_int_handler for each in SIGNALS)
 
 
 def test_what_had_more_steps_is_not_replaced(heard, picture, here, tiny_folder, capsys, monkeypatch):
@@ -387,6 +386,7 @@ def test_a_second_signal_ends_at_once(heard):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert ending.code == 130
+    assert all(signal.getsignal(each) is signal.default_int_handler for each in SIGNALS)
 
 
 def test_what_is_ignored_stays_ignored():
