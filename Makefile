@@ -29,7 +29,7 @@ figures: .venv/installed
 
 test: .venv/installed
 	$(PY) -m ruff check .
-	HF_HUB_OFFLINE=1 $(PY) -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 	@echo "All passed: ruff, the tests and every notebook. The notebooks as run just now: build/notebooks/"
 
 # One thread a worker, so that two workers give the bits that one gives; a GPU each where there are GPUs.
