@@ -82,6 +82,7 @@ DROPOUT = {"shape": 0.15, "appearance": 0.0}
 NOISE_LEVELS = {"shape": 0.4, "appearance": None}
 # Factors of a change start with one of the two at zero, and move the weights less for the same step.
 LOW_RANK_RATE = 5.0
+LEAST_CROP = 0.8  # of the side of a varied view
 # A backbone of Stable Diffusion's size: what DreamBooth, LoRA and textual inversion are commonly run with
 # there. None of it was measured by this project. Muon is left out for its arithmetic: some 0.4e12 operations
 # for each kernel of 1280 x 11520.
@@ -90,7 +91,9 @@ LARGE_RECIPE = {
     "learning_rate": 1e-5,
     "word_learning_rate": 5e-4,
     "batch_size": 1,
-    "augmentation": 0.75,
+    # The source's recipe: repainted views are drawings of a world that such a backbone does not live in.
+    "augmentation": 0.0,
+    "varied": True,
 }
 LARGE_STEPS = {"shape": 400, "appearance": 250}
 LARGE_RANK_RATE = 1e-4
@@ -148,6 +151,9 @@ class TuningConfig:
     # (`reshaped`), which blurs it.
     true_scale: bool = False
     seed: int = 0
+    # Whether the views of the reference as it is are mirrored and cropped, and while a shape is learnt
+    # recoloured, each its own way.
+    varied: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
@@ -331,6 +337,24 @@ def _largest_rectangle(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(top), int(left), *best
 
 
+def varied(images: Tensor, weights: Tensor, recipe: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Views (N, 3, H, W) and their weights (N, 1, H, W), each mirrored and cropped; for a shape recoloured.
+
+    A crop is a square of at least `LEAST_CROP` of the side, brought back to the side.
+    """
+    n = len(images)
+    u = torch.rand(n, 4, generator=generator)
+    zoom = LEAST_CROP + (1 - LEAST_CROP) * u[:, 0]
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = torch.where(u[:, 1] < 0.5, -zoom, zoom), zoom
+    theta[:, :, 2] = (2 * u[:, 2:] - 1) * (1 - zoom)[:, None]
+    both = torch.cat([images, weights], 1)
+    grid = F.affine_grid(theta, list(both.shape), align_corners=False).to(both)
+    both = F.grid_sample(both, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    images, weights = both[:, :-1], both[:, -1:]
+    return (recoloured(images, generator) if recipe == "shape" else images), weights
+
+
 def repainted(
     image: Tensor, inside: Tensor, recipe: str, count: int, seed: int, true_scale: bool = False
 ) -> tuple[Tensor, list[tuple[str, ...]]]:
@@ -389,7 +413,8 @@ def views_of(
     it is, under prompts that name neither its background nor its other attribute. Where the silhouette is
     known, from `mask` (1, H, W) or because the object stands on a plain background, the changed views are
     `repainted`, and their prompts say with what. Where it is not, the whole frame is the reference: an
-    appearance is repainted from all of it, and while a shape is learnt only the colours change.
+    appearance is repainted from all of it, and while a shape is learnt only the colours change. With
+    `config.varied` the reference as it is comes mirrored, cropped and, for a shape, recoloured (`varied`).
     """
     generator = torch.Generator().manual_seed(config.seed)
     count = config.views
@@ -398,6 +423,10 @@ def views_of(
     chosen = torch.rand(count, generator=generator) < config.augmentation
     changed = chosen.to(image.device)[:, None, None, None]
     prompts = [PROMPTS[config.recipe]] * count
+    if config.varied:
+        images, weights = varied(images, weights, config.recipe, generator)
+    if not chosen.any():
+        return images, weights, prompts
     if mask is None:
         found, failed = foreground_mask(image[None])
         inside = torch.ones_like(image[:1]) if failed[0] else found.float().view_as(image[:1])

@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 
 from escd import measure, references
-from escd.references import LISTS, compose_reference, load_references
+from escd.references import LISTS, REAL_LISTS, compose_reference, load_references
 
 
-@pytest.mark.parametrize("which", LISTS)
+@pytest.mark.parametrize("which", (*LISTS, *REAL_LISTS))
 def test_a_bundled_list(which):
     listed = load_references(which=which)  # every sha256 is compared on the way
-    assert len(listed.silhouettes) == len(listed.materials) == 20 and len(listed) == 12
+    assert len(listed.silhouettes) == len(listed.materials) == 20
+    assert len(listed) == (12 if which in LISTS else 20)
+    assert (listed.looks is None) == (which in LISTS)
     alike = measure.iou_matrix(listed.silhouette_masks, listed.silhouette_masks).fill_diagonal_(0)
     assert alike.max() <= references.TOO_ALIKE
     assert (

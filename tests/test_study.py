@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from escd import judges, records, study, tuning
+from escd import judges, records, study, texture, tuning
 from escd.backbone import load_backbone
 from escd.judges import Judge, Judges
 from escd.parts import parameters_of
@@ -241,6 +241,45 @@ def test_parts_alike_in_size(listed):
     assert {c.tuning.learning_rate for c in grid if c.attribute == "shape"} == {
         TuningConfig.of("shape", "decoder").learning_rate
     }
+
+
+def test_the_controls_of_a_real_list(made):
+    real = load_references(which="real-development")
+    short = SHORT | {"list": "real-development"}
+    found = {
+        kind: made.score(StudyConfig("appearance", real[0].id, kind, **short))
+        for kind in ("floor", "lossless", "flat", "copy")
+    }
+    assert all(set(texture.SCORES) <= scores.keys() for scores in found.values())
+    assert all(value == 0 for value in found["lossless"]["colour_rank"])
+    assert np.mean(found["lossless"]["texture_rank"]) < np.mean(found["flat"]["texture_rank"])
+    assert min(found["copy"]["iou"]) > 0.9 > max(found["lossless"]["iou"])
+    # The old lists are scored as they were.
+    old = made.score(StudyConfig("appearance", load_references(which="development")[0].id, "copy", **SHORT))
+    assert not set(texture.SCORES) & old.keys()
+    copied = made.score(StudyConfig("shape", real[0].id, "copy", **short))
+    assert all(copied["texture_first"]) or np.mean(copied["texture_rank"]) < 2
+    with pytest.raises(ValueError, match="a control of an appearance"):
+        StudyConfig("shape", real[0].id, "flat")
+    with pytest.raises(ValueError, match="none of them is a copy of both"):
+        CompositionConfig(real[0].id, real[1].id, "copy")
+
+
+def test_the_grid_of_a_real_list_has_the_controls_and_the_recipe_of_the_source():
+    real = load_references(which="real-development")
+    one = dataclasses.replace(real, references=real.references[:1])
+    grid = study.configs(one)
+    arms = {
+        mode: {c.arm for c in grid if isinstance(c, StudyConfig) and c.attribute == mode}
+        for mode in ("shape", "appearance")
+    }
+    shared = {"floor", "word", "encoder", "decoder", "all", "ceiling", "lossless", "copy"}
+    assert arms["shape"] == shared | {"encoder (source)"}
+    assert arms["appearance"] == shared | {"decoder (source)", "flat"}
+    sources = [c.tuning for c in grid if c.arm.endswith("(source)")]
+    assert [tuning.augmentation for tuning in sources] == [0.0, 0.0]
+    assert {"lossless", "flat"} <= {c.arm for c in grid if isinstance(c, CompositionConfig)}
+    assert len({records.key_of(config) for config in grid}) == len(grid)
 
 
 def test_the_grid(listed):

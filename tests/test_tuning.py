@@ -937,3 +937,25 @@ def test_views_at_true_scale_are_asked_for_by_the_configuration():
     nearest = [torch.cdist(each, pixels[0]).amin(1) for each in pixels[1:]]
     own, interpolated = ((each < 1e-4).float().mean() for each in nearest)
     assert own > 0.1 and interpolated < 0.5 * own, "pixels of the material itself"
+
+
+def test_views_at_a_large_size_are_the_reference_mirrored_and_cropped(backbone, monkeypatch):
+    """The source's recipe is the default there: no repainted view, and the loss stays inside the mask."""
+    monkeypatch.setattr(type(backbone), "large", True)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 32, 32, generator=generator) * 2 - 1
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 8:20, 4:16] = 1
+    image[:, mask[0] > 0] = 1.0
+    for attribute in ("shape", "appearance"):
+        config = TuningConfig.of(attribute, backbone=backbone)
+        assert config.augmentation == 0 and config.varied and not TuningConfig.of(attribute).varied
+        views, weights, prompts = views_of(image, mask, config)
+        assert set(prompts) == {PROMPTS[config.recipe]}
+        assert len({v.numpy().tobytes() for v in views}) == len(views)
+        left = (weights[:, 0].sum((1,)) * torch.arange(32)).sum(1) / weights.sum((1, 2, 3))
+        assert (left < 15).any() and (left > 17).any()  # mirrored, the mask with it
+        inside = views.movedim(1, -1)[weights[:, 0] == 1]
+        assert (inside == 1).all() == (attribute == "appearance")  # a shape's colours are changed
+    plain = TuningConfig.of("shape", augmentation=0.0)
+    assert torch.equal(views_of(image, mask, plain)[0], image.expand(plain.views, -1, -1, -1))
