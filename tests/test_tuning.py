@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 import escd
 from escd import tuning
 from escd.artefacts import export
-from escd.backbone import loss_weight, target_of
+from escd.backbone import Backbone, draw_noise_levels, loss_weight, target_of
 from escd.customization import LowRank
 from escd.fusion import REACH, AttributeFilter, pseudo_word
 from escd.parts import names_of, parameters_of
@@ -710,7 +711,7 @@ def test_gradients_are_turned_on_by_tuning_itself(tiny_folder, mode):
 
     def tune(image):
         backbone = Backbone.from_pretrained(tiny_folder).to("cpu", torch.float32)
-        return customize(image, "shape", backbone, steps=2, mask=torch.ones(1, 16, 16), progress=False)
+        return escd.customize(image, "shape", backbone, steps=2, mask=torch.ones(1, 16, 16), progress=False)
 
     wanted = tune(image)
     with mode():
