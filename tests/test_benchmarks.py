@@ -27,6 +27,14 @@ def test_world(capsys, monkeypatch):
     assert all(float(row.split()[1]) > 0 for row in rows[2:])
 
 
+def test_concurrency(capsys, monkeypatch):
+    threads = str(torch.get_num_threads())
+    arguments = ["--rounds", "1", "--steps", "1", "--threads", threads]
+    monkeypatch.setattr("sys.argv", ["concurrency.py", *arguments])
+    runpy.run_path(str(FOLDER / "concurrency.py"), run_name="__main__")
+    assert float(capsys.readouterr().out.split()[-1]) > 0
+
+
 def test_tuning_step(capsys, monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(
