@@ -79,8 +79,7 @@ def main() -> None:
                     taken.setdefault((way, many), []).append(seconds(pair[:many], arguments.steps))
     finally:
         for process in (p for pair in processes.values() for p in pair):
-            process.stdin.close()
-            process.wait()
+            process.communicate()
     medians = {key: statistics.median(times) for key, times in taken.items()}
     print(f"{arguments.steps} steps, {os.cpu_count()} cores, a load of {os.getloadavg()[0]:.1f}")
     print(f"{'threads wait':20}{'alone':>10}{'two at once':>14}{'alone':>10}{'two at once':>14}")

@@ -3,7 +3,7 @@
 Between two pieces of work a thread of OpenMP spins, for some milliseconds, before it sleeps. A program that
 has the cores to itself gains a little by it. Where several share them, the threads of one spin on the cores
 that the work of the other waits for, and both become many times slower (`benchmarks/busy.py`). With a short
-spin both hold.
+spin they do not.
 
 OpenMP reads this from the environment, once, when torch is imported. `import escd` says it if it comes first:
 so do the command lines, and `make` for the rest. A program that imports torch before escd says it itself, as

@@ -48,7 +48,16 @@ def test_tuning_step(capsys, monkeypatch):
 
 def test_busy(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["busy.py", "--rounds", "1", "--steps", "1", "--spin", "100"])
-    runpy.run_path(str(FOLDER / "busy.py"), run_name="__main__")
+    main = runpy.run_path(str(FOLDER / "busy.py"))["main"]
+    # Processes that tune nothing: to tune in six of them takes a minute.
+    nothing = """import sys, time
+print("{first}", flush=True)
+for line in sys.stdin:
+    time.sleep(0.1)
+    print("done", flush=True)
+"""
+    monkeypatch.setitem(main.__globals__, "PROCESS", nothing)
+    main()
     rows = capsys.readouterr().out.splitlines()[2:5]
     assert [row[:20].strip() for row in rows] == ["as PyTorch comes", "as escd sets it", "100"]
     assert rows[0].split()[-2] == "1.00x" and all(float(row.split()[-4].rstrip("s")) > 0 for row in rows)
