@@ -20,6 +20,9 @@ from .world import SIZE
 WAVELENGTHS = (3.0, 5.0, 9.0, 16.0)  # px at 64 px: centres of the bands
 DIRECTIONS = 4
 WIDTH = 0.5  # octaves: standard deviation of a band
+# Share of the darkest and of the lightest pixels that are clipped: where a mask takes in a little of the
+# background, those few pixels would have more energy than a faint texture.
+CLIPPED = 0.03
 # Squared CIELAB lightness: an energy much below these is a plain surface.
 LEAST_ENERGY, LEAST_BAND, LEAST_VARIANCE = 0.1, 0.3, 1.0
 # What the parts of a texture weigh: the logarithm of the energy of each band and direction, the skewness and
@@ -59,6 +62,8 @@ BANDS, ENERGY = _filters()
 def textures(lightness: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Textures of lightness (N, 64, 64) inside one mask (64, 64) bool: (N, F), compared by `distances`."""
     values = lightness[:, inside].astype(np.float32)
+    low, high = np.quantile(values, (CLIPPED, 1 - CLIPPED), axis=1, keepdims=True).astype(np.float32)
+    values = values.clip(low, high)
     values -= values.mean(1, keepdims=True)
     plain = np.zeros(lightness.shape, np.float32)
     plain[:, inside] = values

@@ -73,7 +73,8 @@ def test_equals_do_not_count_as_found(development):
 def test_the_list_can_tell(which):
     """Acceptance: right answers are found by texture alone and by shape, and a flat colour is not.
 
-    Measured on the evaluation list: texture 93 % (mean rank 0.1), shape 100 %, a flat colour 5 % (9.5).
+    Measured on the evaluation list: texture 91 % (mean rank 0.1), shape 100 %, a flat colour 5 % (9.4); on
+    the development list 93 % (0.4), 100 %, 8 % (9.7).
     """
     listed = load_references(which=which)
     found = {"lossless": [], "flat": [], "silhouette": []}
@@ -91,7 +92,21 @@ def test_the_list_can_tell(which):
         nearest = measure.iou_matrix(masks.float(), listed.silhouette_masks.float(), refined=()).argmax(1)
         found["silhouette"] += ((nearest == number) & ~failed).float()[:, None].tolist()
     means = {kind: np.mean(values, 0) for kind, values in found.items()}
-    print(which, means)
     assert means["lossless"][0] >= 0.85 and means["lossless"][1] <= 0.5
     assert means["silhouette"][0] >= 0.95
     assert means["flat"][0] <= 0.1 and 7 <= means["flat"][1] <= 12
+
+
+@pytest.mark.parametrize("which", REAL_LISTS)
+def test_a_copy_of_the_reference_has_its_texture(which):
+    """What full leakage scores, also where the mask takes in a little background."""
+    listed = load_references(which=which)
+    images = torch.stack([reference.image for reference in listed])
+    masks, failed = measure.foreground_mask(images)
+    found = [
+        listed.looks.score(image, mask, number)
+        for number, (image, mask) in enumerate(zip(images, masks, strict=True))
+        if not failed[number]
+    ]
+    assert np.mean([score["texture_rank"] for score in found]) <= 0.6
+    assert np.mean([score["texture_likeness"] for score in found]) >= 0.6
