@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from . import records
 from .backbone import MODELS, Backbone, load_backbone
+from .ending import run_command
 from .fusion import AttributeFilter
 from .judges import WEIGHTS
 from .pretrain.loop import RUNS
@@ -189,4 +190,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

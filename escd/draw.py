@@ -46,6 +46,7 @@ from escd.canvas import (
 from escd.curve import points
 from escd.customization import ATTRIBUTES, Customization
 from escd.encoder import GRIDS, TIMESTEP, feature_widths
+from escd.ending import run_command
 from escd.fusion import AttributeFilter
 from escd.halves import down_path
 from escd.numbers import (
@@ -728,4 +729,4 @@ def draw_figures(stems: Sequence[str], folder: Path = FIGURES) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

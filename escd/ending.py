@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 
@@ -56,3 +59,17 @@ class Ending:
                 os.dup2(nothing, terminal)
         if again or not self._learnt:
             raise KeyboardInterrupt
+
+
+def run_command(main: Callable[[], object]) -> NoReturn:
+    """Run a command that can be started again at any time, and leave the process with its exit code.
+
+    Told to end, it says so in one line instead of a traceback: what it finished before is stored.
+    """
+    with Ending() as ending:
+        try:
+            main()
+        except KeyboardInterrupt:
+            print(f"\n{ending}: what is finished is kept; start it again to go on", file=sys.stderr)
+            sys.exit(ending.code)
+    sys.exit(0)

@@ -27,6 +27,7 @@ from . import measure, records
 from .backbone import OPENCLIP, Backbone, load_backbone, open_clip_file
 from .cost import require_memory, tuning_cost
 from .customization import ATTRIBUTES, resolve_attribute
+from .ending import run_command
 from .files import whole
 from .images import image_files, open_image_and_mask
 from .kept import learn_now
@@ -317,4 +318,4 @@ def show(found: dict[bool, list[dict[str, Any]]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from . import measure, world
+from .ending import run_command
 from .pretrain.loop import LoopConfig, train
 from .references import named_outlines
 from .world import (
@@ -690,4 +691,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -32,6 +32,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from . import measure
+from .ending import run_command
 from .references import (
     BUNDLED,
     CANDIDATES,
@@ -187,4 +188,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

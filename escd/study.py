@@ -33,6 +33,7 @@ from . import kept, measure, records, texture, world
 from .artefacts import low_rank, relative_error
 from .backbone import Backbone, load_backbone
 from .customization import ATTRIBUTES, Customization
+from .ending import run_command
 from .judges import (
     HEADS,
     WEIGHTS,
@@ -1005,4 +1006,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

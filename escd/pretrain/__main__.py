@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..ending import run_command
 from .autoencoder import LATENT_CHANNELS, MOST_LATENTS, AutoencoderStage
 from .filters import FilterStage, images_to_learn_from
 from .loop import Stage, train
@@ -122,4 +123,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import records
 from ..backbone import MODELS
 from ..customization import ATTRIBUTES
+from ..ending import run_command
 from ..judges import WEIGHTS as JUDGES
 from ..judges import load_judges
 from ..measure import paired_bootstrap
@@ -231,4 +232,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import records
 from ..backbone import MODELS, ImageTower
+from ..ending import run_command
 from ..references import LISTS, load_references
 from ..study import IMAGE_SETS, autoencoder_scores, image_sets
 from . import loop
@@ -223,4 +224,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,0 +1,44 @@
+"""How commands end that can be started again at any time."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKING = """
+import sys, time
+from escd.ending import run_command
+def main():
+    print("begun", flush=True)
+    time.sleep(60)
+run_command(main)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung")],
+)
+def test_a_command_that_is_told_to_end_says_so_in_one_line(number, code, word):
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + WORKING
+    running = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stdout.readline() == "begun\n"
+    running.send_signal(number)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert said.strip().startswith(word) and "Traceback" not in said and len(said.strip().splitlines()) == 1
+
+
+def test_every_command_of_the_package_ends_so():
+    package = Path(__file__).parents[1] / "escd"
+    commands = [path for path in package.rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
+    assert len(commands) > 5
+    for path in commands:
+        last = path.read_text().rstrip().splitlines()[-1].strip()
+        assert last in ("run_command(main)", "sys.exit(main())"), path.name
