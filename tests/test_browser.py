@@ -150,7 +150,7 @@ def test_a_trusted_notebook_shows_its_widgets_and_that_no_kernel_answers(page, a
     file = folder / f"trusted_{name}.ipynb"
     subprocess.run([sys.executable, "-m", "jupyter", "trust", str(file)], env=own, check=True)
     opened(page, address, file.stem)
-    page.until("document.querySelector('.widget-text input')")
+    page.until("document.querySelectorAll('.widget-text input').length")
     text = page.until(
         "(t => t.includes('No kernel answers these sliders') && t)"
         "(document.querySelector('.jp-Notebook').innerText)"
