@@ -7,12 +7,15 @@ run without gradients, and what the encoder makes of a noised picture can be kep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
+from .attention import MathAttention
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -86,10 +89,15 @@ def recomputed(module: nn.Module, *inputs: object) -> object:
 
     For `unet.enable_gradient_checkpointing`. Where `functional_call` has exchanged the weights, the second
     time sees the exchanged ones too: by then it has put the module's own back, and diffusers' default would
-    differentiate those.
+    differentiate those. The second time also takes the first one's attention kernel: PyTorch closes
+    `MathAttention` while it goes back.
     """
     weights = dict(module.named_parameters())
-    return checkpoint(functional_call, module, weights, inputs, use_reentrant=False)
+    again = MathAttention if MathAttention.is_open() else nullcontext
+    return checkpoint(
+        functional_call, module, weights, inputs,
+        use_reentrant=False, context_fn=lambda: (nullcontext(), again()),
+    )  # fmt: skip
 
 
 def half_of(names: Sequence[str]) -> str | None:

@@ -174,12 +174,14 @@ def results_table(which: str = "evaluation") -> str:
     for mode, wanted in (("shape", "IoU"), ("appearance", "distance")):
         other = "texture" if mode == "shape" else "shape"
         asked = list(found.rows[mode]["floor"].obeyed)
+        heads = [mode, wanted, "retrieved", *(["by texture alone"] if mode == "appearance" else []), *asked]
         lines += [
-            f"| {mode} | {wanted} | retrieved | {' | '.join(asked)} | leakage of {other} (95 %) |",
-            "|---|" + "--:|" * (len(asked) + 3),
+            f"| {' | '.join(heads)} | leakage of {other} (95 %) |",
+            "|---|" + "--:|" * len(heads),
         ]
         for arm, row in _arms(found, mode):
             cells = [_decimals(row.transfer.get(wanted.lower())), _share(row.transfer["retrieval"])]
+            cells += [_share(row.transfer["texture"])] if mode == "appearance" else []
             cells += [_share(row.obeyed[name]) for name in asked]
             cells.append(_interval(row.leakage, LEAKAGE_PLACES))
             lines.append(f"| {ARMS[arm]} | " + " | ".join(cells) + " |")
@@ -570,6 +572,8 @@ def _backbone_records() -> tuple[list[Record], list[Record]]:
 def _row_numbers(mode: str, row: Row) -> dict[str, str]:
     name = "iou" if mode == "shape" else "distance"
     texts = {name: _decimals(row.transfer.get(name)), "retrieval": _percent(row.transfer["retrieval"])}
+    if "texture" in row.transfer:
+        texts["texture"] = _percent(row.transfer["texture"])
     texts |= {key.replace("colours", "colour"): _percent(value) for key, value in row.obeyed.items()}
     if row.leakage is not None:
         ends = {"": row.leakage.mean, "_low": row.leakage.low, "_high": row.leakage.high}

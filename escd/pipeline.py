@@ -118,7 +118,8 @@ class ESCDPipeline(
         self._brought = {name: own(m) for name, m in backbone.components.items() if isinstance(m, nn.Module)}
         scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config)
         tokenizer = reading.copy_of(backbone.tokenizer)
-        self.register_modules(**self._brought, tokenizer=tokenizer, scheduler=scheduler)
+        absent = {name: None for name, m in backbone.components.items() if m is None}
+        self.register_modules(**self._brought, **absent, tokenizer=tokenizer, scheduler=scheduler)
 
     @classmethod
     def _get_signature_keys(cls, obj: object) -> tuple[KeysView[str], KeysView[str]]:

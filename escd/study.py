@@ -893,7 +893,8 @@ def _row(mode: str, runs: list[tuple[Any, dict]], floors: dict[Any, dict]) -> Ro
     # A distance has no worst value: the mean is over the pictures that have a foreground; retrieval counts
     # them all.
     distances = [value for value in gather("combined", None) if value is not None]
-    materials = {"retrieval": mean("material", False)}
+    # By both colour and texture, which colour decides, and by texture alone.
+    materials = {"retrieval": mean("material", False), "texture": mean("texture_material", False)}
     if distances:
         materials["distance"] = float(np.mean(distances))
     if mode == "composition":

@@ -22,9 +22,9 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
+from .attention import MathAttention
 from .backbone import Backbone, draw_noise_levels, loss_weight, target_of
 from .customization import RECIPES, Attribute, Customization, LowRank, resolve_attribute
 from .fusion import pseudo_word
@@ -864,44 +864,6 @@ def working_copy(
     plain = network.attn_processors.items()
     network.set_attn_processor({n: AttnProcessor() if type(p) is AttnProcessor2_0 else p for n, p in plain})
     return network
-
-
-class MathAttention(TorchFunctionMode):
-    """While open, attention runs by PyTorch's plain kernel, in this thread alone.
-
-    `torch.nn.attention.sdpa_kernel` chooses a kernel for all threads, and so the bits of what another draws.
-    """
-
-    def __torch_function__(
-        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        return _plain_attention(*args, **kwargs)
-
-
-def _plain_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`F.scaled_dot_product_attention` by its plain kernel, in autocast's dtype where that is on."""
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(dtype)
-    with torch.autocast(kind, enabled=False):
-        return torch.ops.aten._scaled_dot_product_attention_math(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )[0]
 
 
 @contextmanager

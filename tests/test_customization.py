@@ -78,7 +78,8 @@ def test_saving_and_loading_is_exact(shape, backbone, tmp_path):
 def test_the_file_says_what_it_is(shape, tmp_path):
     with safe_open(shape.save(tmp_path / "x.safetensors"), "pt") as stored:
         about = json.loads(stored.metadata()["about"])
-    assert about["attribute"] == {"name": "shape", "word": "shape", "token": "*m", "part": "encoder"}
+    wanted = {"name": "shape", "word": "shape", "token": "*m", "part": "encoder", "recipe": "shape"}
+    assert about["attribute"] == wanted
     assert (about["part"], about["steps"], about["seed"]) == ("encoder", 7, 1)
     assert (about["backbone_name"], about["backbone_identity"]) == ("tiny", shape.backbone_identity)
 

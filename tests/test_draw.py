@@ -132,9 +132,8 @@ def stored(backbone, tmp_path, monkeypatch):
     """A records folder of its own, and the tiny backbone in the place of mini."""
     monkeypatch.setattr(records, "FOLDER", tmp_path / "records")
     monkeypatch.setattr(draw, "weights_of", lambda name: {"backbone mini": "aa"})
-    monkeypatch.setattr(
-        draw, "study", lambda: SimpleNamespace(backbone=lambda name: backbone, learn=lambda *_: None)
-    )
+    stand_in = SimpleNamespace(backbone=lambda name: backbone, learn=lambda *_: None, learnt={})
+    monkeypatch.setattr(draw, "study", lambda: stand_in)
     return tmp_path / "records"
 
 

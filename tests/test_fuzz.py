@@ -279,6 +279,7 @@ PIECES = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:.*only looks like an asterisk")
 def test_prompts(fixed):
     word = {"*m": torch.zeros(32)}
     for case, draw in draws("prompt", 300):

@@ -169,7 +169,7 @@ def test_a_files_recipe_is_its_attributes(backbone, picture, tmp_path):
     about = {
         "attribute": {"name": "outline", "word": "shape", "token": "*o", "part": "all"},
         "part": "all",
-        "backbone_identity": backbone.identity,
+        "backbone_identity": backbone.identity_without_filters,
         "backbone_name": "tiny",
         "steps": 1,
         "seed": 0,
