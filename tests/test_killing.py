@@ -14,7 +14,7 @@ import pytest
 def test_a_kill_leaves_nothing_half_written_and_loses_nothing():
     killing = Path(__file__).with_name("killing.py")
     ran = subprocess.run(
-        [sys.executable, str(killing), "--moments", "2"], capture_output=True, text=True, check=False
+        [sys.executable, str(killing), "--moments", "1"], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.count("killed at") == 6, ran.stdout
