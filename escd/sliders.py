@@ -58,7 +58,7 @@ def remarks(pipe: ESCDPipeline, prompt: str) -> list[str]:
     backbone, said = pipe.backbone, []
     if not prompt.strip():
         return ["The prompt is empty: the image is anything the model draws, and no strength changes it."]
-    if cut := backbone.cut_off(prompt):
+    if cut := backbone.cut_off(prompt, pipe.customizations):
         length = backbone.tokenizer.model_max_length
         said.append(f"The model reads {length} tokens of a prompt. It does not read: “{cut}”.")
     if unknown := unknown_words(backbone, prompt):

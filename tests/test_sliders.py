@@ -115,6 +115,7 @@ def test_an_error_is_shown_and_raised(pipe):
     ("prompt", "said"),
     [
         (PROMPT, ""),
+        (PROMPT + " on a gray background", ""),  # 14 tokens, as many as are read: a pseudo-word is one
         ("  ", "The prompt is empty"),
         ("a *m shape with *a appearance" + " on a gray background" * 4, "The model reads 16 tokens of"),
         ("a *m zebra, with *a appearance", "does not know “zebra”"),
