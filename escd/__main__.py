@@ -17,13 +17,14 @@ from .artefacts import export, low_rank, megabytes_at
 from .backbone import Backbone, load_backbone
 from .cost import require_memory, time_in_words, tuning_cost
 from .customization import ATTRIBUTES, Customization, load_customization, resolve_attribute, steps_of
-from .drawn import Drawn, find, named, sha256
+from .drawn import Drawn, find, named
 from .ending import Ending
 from .files import require_folder, require_writable, save_elsewhere, save_unused, whole
 from .images import open_image_and_mask
-from .parts import parameters_of
-from .pipeline import ESCDPipeline
-from .tuning import NO_PART, TuningConfig, customize
+from .parts import NO_PART, parameters_of
+from .pipeline import MOST, ESCDPipeline
+from .records import sha256
+from .tuning import TuningConfig, customize
 
 # What `generate` draws with where neither an option nor the picture of --like says otherwise.
 DRAWING = {
@@ -230,10 +231,13 @@ def _settings(options: argparse.Namespace, like: Drawn | None) -> tuple[dict, ra
     names = ("prompt", *DRAWING)
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     said = DRAWING | ({} if like is None else {name: getattr(like, name) for name in names}) | given
-    if like is not None and not {"seed", "images"} & given.keys():
-        return said, range(like.first_seed, like.first_seed + like.images), (like.seed,)
-    seeds = range(said["seed"], said["seed"] + given.get("images", DRAWING["images"]))
-    return said, seeds, seeds
+    again = like is not None and not {"seed", "images"} & given.keys()
+    first = like.first_seed if again else said["seed"]
+    count = like.images if again else given.get("images", DRAWING["images"])
+    if count > MOST:
+        raise ValueError(f"at most {MOST} images are drawn at once, not {count}")
+    seeds = range(first, first + count)
+    return said, seeds, (like.seed,) if again else seeds
 
 
 def _file_of(attribute: str, options: argparse.Namespace, like: Drawn | None) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import typing
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import __version__
+from .reading import json_of
+from .records import sha256
 
 CHUNK = "escd"  # the keyword of the PNG's text chunk
 
@@ -54,15 +55,15 @@ class Drawn:
     @classmethod
     def read(cls, path: Path) -> Drawn:
         """How a PNG says it was drawn; ValueError when it does not, or not rightly."""
-        with Image.open(path) as picture:
-            picture.load()
-            text = getattr(picture, "text", {}).get(CHUNK)
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+                text = getattr(picture, "text", {}).get(CHUNK)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{path} is too large a picture to be read: {error}") from error
         if text is None:
             raise ValueError(f"{path} does not say how it was drawn: it is no PNG as escd generate writes it")
-        try:
-            about = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} does not say how it was drawn: {error}") from error
+        about = json_of(text, f"what {path} says of how it was drawn")
         kinds = typing.get_type_hints(cls)
         if not isinstance(about, dict) or about.keys() != kinds.keys():
             raise ValueError(f"{path} says how it was drawn in other terms than this version: {text[:80]}")
@@ -81,12 +82,6 @@ class Drawn:
 def named(path: str | Path) -> str:
     """A path as a picture may name it: one of this machine's folders is nobody else's business."""
     return Path(path).name if Path(path).is_absolute() else Path(path).as_posix()
-
-
-def sha256(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find(name: str, digest: str, folders: tuple[Path, ...]) -> Path | None:

@@ -102,7 +102,8 @@ def sha256(data: bytes | str | os.PathLike | np.ndarray | torch.Tensor) -> str:
         return digest.hexdigest()
     path = Path(data)
     if not path.is_dir():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
     for file in sorted([*path.rglob("*.safetensors"), *path.rglob("*.json")]):
         if file.name != "training.json":

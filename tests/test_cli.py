@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +149,9 @@ ERRORS = {
         "num_inference_steps must be a whole number from 1 on",
     ),
     "no images": (["generate", "a star", "--images", "0"], "--images must be from 1 on"),
+    "images without end": (["generate", "a star", "--images", "9" * 20], "at most 16384 images are drawn"),
+    "like a picture that nests without end": (["generate", "--like", "nested.png"], "is not JSON"),
+    "like a picture too large to be read": (["generate", "--like", "wide.png"], "is too large a picture"),
     "negative strength": (
         ["generate", "a star", "--shape-strength", "-1"],
         "strength of shape must be a number from 0 on",
@@ -175,6 +180,15 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, picture, here, 
     Path("text.png").write_text("words\n" * 100)
     Path("cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     Image.new("L", (9, 9), 255).save("small.png")
+    nested = PngInfo()
+    nested.add_text("escd", "[" * 100_000)
+    Image.new("L", (9, 9)).save("nested.png", pnginfo=nested)
+    data = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    chunks = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", data), (b"IDAT", b""))
+    ]
+    Path("wide.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     if arguments and "--backbone" not in arguments:
         arguments = [*arguments, "--backbone", str(tiny_folder)]
     try:
