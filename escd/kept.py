@@ -10,7 +10,6 @@ import ast
 import hashlib
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 from . import records, tuning
 from .backbone import Backbone
 from .customization import Customization, LowRank, load_customization
+from .files import write_text
 from .images import Source
 from .references import Reference
 from .tuning import TuningConfig, customize
@@ -76,9 +76,7 @@ def learn(
     made = learn_now(reference.image, attribute, config, backbone)
     folder.mkdir(parents=True, exist_ok=True)
     made.customization.save(path)
-    unfinished = path.with_suffix(f".{os.getpid()}.part")
-    unfinished.write_text(json.dumps(asdict(made.about), indent=1) + "\n")
-    os.replace(unfinished, path.with_suffix(".json"))
+    write_text(path.with_suffix(".json"), json.dumps(asdict(made.about), indent=1) + "\n")
     return made
 
 
@@ -104,7 +102,7 @@ def learn_now(
 def _about(path: Path) -> About | None:
     """What the text beside a kept customization says; None where one of the two files is missing."""
     text = path.with_suffix(".json")
-    return About(**json.loads(text.read_text())) if path.exists() and text.exists() else None
+    return About(**json.loads(text.read_text(encoding="utf-8"))) if path.exists() and text.exists() else None
 
 
 def key_of(
@@ -182,7 +180,7 @@ def sources(module: str) -> dict[str, Path]:
             found[name] = Path(spec.origin)
             parent = name.rpartition(".")[0]
             inside = name if spec.submodule_search_locations is not None else parent
-            waiting += _imported(found[name].read_text(), inside)
+            waiting += _imported(found[name].read_text(encoding="utf-8"), inside)
             waiting += [parent] if "." in parent else []
     return found
 
