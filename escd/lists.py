@@ -31,8 +31,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from . import measure
+from . import measure, records
 from .ending import run_command
+from .files import together
 from .references import (
     BUNDLED,
     CANDIDATES,
@@ -44,7 +45,6 @@ from .references import (
     named_outlines,
     open_tile,
     resized,
-    sha256_of,
 )
 from .world import SIZE
 
@@ -116,7 +116,7 @@ def choose_materials(folder: Path) -> list[list[Path]]:
         tile = open_tile(path)
         if tile.shape[-2:] == (2 * SIZE, 2 * SIZE) and steady(parts := quarters(tile)):
             good.setdefault(category(path), []).append((path, spectra(parts).mean(0)))
-    order = sorted(good, key=lambda name: sha256_of(name.encode()))
+    order = sorted(good, key=lambda name: records.sha256(name.encode()))
     lists: list[list[Path]] = []
     seen: set[str] = set()
     for _ in REAL_LISTS:
@@ -162,22 +162,23 @@ def choose_silhouettes(folder: Path) -> list[list[Path]]:
 def write(source: Path, target: Path = BUNDLED) -> None:
     """Choose both lists from `source` and write them, with their files, into `target`."""
     silhouettes, materials = choose_silhouettes(source), choose_materials(source / "materials")
-    for name, outlines, tiles in zip(REAL_LISTS, silhouettes, materials, strict=True):
-        if len(tiles) < CANDIDATES:
-            raise ValueError(f"{source} has {len(tiles)} materials for the {name} list, not {CANDIDATES}")
-        listed = {
-            "references": CANDIDATES,
-            "silhouettes": [_entry(path, target) for path in outlines],
-            "materials": [_entry(path, target) for path in tiles],
-        }
-        (target / f"{name}.json").write_text(json.dumps(listed, indent=1) + "\n")
+    with together(target) as scratch:
+        for name, outlines, tiles in zip(REAL_LISTS, silhouettes, materials, strict=True):
+            if len(tiles) < CANDIDATES:
+                raise ValueError(f"{source} has {len(tiles)} materials for the {name} list, not {CANDIDATES}")
+            listed = {
+                "references": CANDIDATES,
+                "silhouettes": [_entry(path, scratch) for path in outlines],
+                "materials": [_entry(path, scratch) for path in tiles],
+            }
+            (scratch / f"{name}.json").write_text(json.dumps(listed, indent=1) + "\n")
 
 
 def _entry(path: Path, target: Path) -> dict[str, str]:
     name = f"real/{path.parent.name}/{path.name}"
     (target / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, target / name)
-    return {"name": path.stem, "file": name, "sha256": sha256_of(path.read_bytes())}
+    return {"name": path.stem, "file": name, "sha256": records.sha256(path)}
 
 
 def main(argv: list[str] | None = None) -> None:

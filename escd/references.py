@@ -15,7 +15,6 @@ On these, texture and colour are scored apart (`escd.texture`).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from functools import cache, cached_property
 from pathlib import Path
@@ -31,7 +30,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from . import measure, texture, world
+from . import measure, records, texture, world
 
 CANDIDATES = 20  # silhouettes and materials a retrieval score chooses from
 LISTS = ("evaluation", "development")
@@ -131,7 +130,7 @@ class References:
     def sha256(self) -> str:
         """One sha256 over the inputs of all candidates and of the references, for a record."""
         every = [item.sha256 for item in (*self.silhouettes, *self.materials)]
-        return sha256_of(json.dumps([every, [r.id for r in self.references]]).encode())
+        return records.sha256(json.dumps([every, [r.id for r in self.references]]).encode())
 
     @cached_property
     def silhouette_masks(self) -> Tensor:
@@ -178,7 +177,7 @@ def load_references(
     before = (twenty - 1) * CANDIDATES
     silhouettes = _distinct_silhouettes(in_order(folder / "silhouettes", "*.png"), before + CANDIDATES)
     materials = tuple(
-        Material(path.stem, _tile(Image.open(path)), sha256_of(path.read_bytes()))
+        Material(path.stem, _tile(Image.open(path)), records.sha256(path))
         for path in _one_a_category(in_order(folder / "materials", "*.webp"), twenty)[:CANDIDATES]
     )
     name = "folder" if twenty == 1 else f"folder {twenty}"
@@ -223,11 +222,6 @@ def resized(images: Tensor, size: int) -> Tensor:
     )[0]
 
 
-def sha256_of(data: bytes) -> str:
-    """Of bytes; `records.sha256` is of files."""
-    return hashlib.sha256(data).hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------------------
 # the bundled lists
 
@@ -266,14 +260,14 @@ def _silhouette(entry: dict) -> Silhouette:
     if "file" in entry:
         path = BUNDLED / entry["file"]
         pierced = path.parent.name == "pierced"
-        return Silhouette(entry["name"], fit_silhouette(path), sha256_of(path.read_bytes()), pierced)
+        return Silhouette(entry["name"], fit_silhouette(path), records.sha256(path), pierced)
     if "glyph" in entry:
         contours = _glyph_contours(int(entry["glyph"].removeprefix("U+"), 16))
-        digest = sha256_of(json.dumps([contour.tolist() for contour in contours]).encode())
+        digest = records.sha256(json.dumps([contour.tolist() for contour in contours]).encode())
         mask = _fill(_rasterise(contours), holes=entry.get("holes", False))
     else:
         data, picture = _bundled_image(entry["image"])
-        digest = sha256_of(data)
+        digest = records.sha256(data)
         mask = _fit(np.asarray(picture.convert("L")) < 128)  # the horse is black on white
     return Silhouette(entry["name"], mask, digest)
 
@@ -281,13 +275,13 @@ def _silhouette(entry: dict) -> Silhouette:
 def _material(entry: dict) -> Material:
     if "file" in entry:
         whole = open_tile(BUNDLED / entry["file"])
-        digest = sha256_of((BUNDLED / entry["file"]).read_bytes())
+        digest = records.sha256(BUNDLED / entry["file"])
         return Material(entry["name"], whole[:, : world.SIZE, : world.SIZE], digest, whole)
     data, picture = _bundled_image(entry["image"])
     left, top, side = entry["crop"]
     tile = _tile(picture.convert("RGB").crop((left, top, left + side, top + side)))
     # A file's bytes, not its decoded pixels: two builds of libjpeg may differ by a level.
-    return Material(entry["name"], tile, sha256_of(data + json.dumps(entry["crop"]).encode()))
+    return Material(entry["name"], tile, records.sha256(data + json.dumps(entry["crop"]).encode()))
 
 
 def open_tile(path: Path) -> Tensor:
@@ -404,7 +398,7 @@ def _fit_coverage(mask: Tensor) -> Tensor:
 
 def in_order(folder: Path, pattern: str) -> list[Path]:
     """Files in an order that follows from their names alone and favours no category."""
-    paths = sorted(folder.glob(pattern), key=lambda path: sha256_of(path.name.encode()))
+    paths = sorted(folder.glob(pattern), key=lambda path: records.sha256(path.name.encode()))
     if not paths:
         raise FileNotFoundError(f"no {pattern} in {folder}")
     return paths
@@ -433,7 +427,7 @@ def _distinct_silhouettes(paths: list[Path], count: int) -> tuple[Silhouette, ..
         mask = fit_silhouette(path)
         small = resized(mask[None], world.SIZE) > 0.5
         if float(measure.iou_matrix(small, known).max()) <= TOO_ALIKE:
-            taken.append(Silhouette(path.stem, mask, sha256_of(data)))
+            taken.append(Silhouette(path.stem, mask, records.sha256(data)))
             known = torch.cat([known, small])
     return tuple(taken)
 
