@@ -46,6 +46,7 @@ from .judges import (
     targets_of,
 )
 from .measure import Interval, paired_bootstrap
+from .parts import NO_PART
 from .pipeline import ESCDPipeline
 from .references import (
     LISTS,
@@ -56,7 +57,7 @@ from .references import (
     load_references,
     named_outlines,
 )
-from .tuning import NO_PART, TuningConfig
+from .tuning import TuningConfig
 from .world import BACKGROUNDS, COLOUR_RGB, COLOURS, PATTERNS, SHAPES, SIZE
 
 RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "study"  # what was learnt, so that no part is tuned twice
