@@ -33,6 +33,7 @@ from escd.pretrain.autoencoder import (
     MOST_LATENTS,
     AutoencoderLoss,
     AutoencoderStage,
+    GrowingLoss,
     make_autoencoder,
     start_linear,
 )
@@ -659,21 +660,22 @@ def test_the_shipped_weights_are_small_safe_and_recorded():
         assert record["images"] > 0 and record["seconds"] > 0 and record["curve"] and record["scores"]
 
 
+class Small(AutoencoderStage):
+    def batch(self, first: int, count: int) -> torch.Tensor:
+        return torch.rand(min(count, 64), 3, 64, 64) * 2 - 1
+
+    def evaluate(self) -> dict[str, float]:
+        return {}
+
+    def grid(self, path: Path) -> None:
+        pass
+
+
 def test_the_autoencoder_goes_on_with_its_decoder_alone(tmp_path, monkeypatch):
     # The UNet has learnt the latents that the encoder makes.
     monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
     shutil.copytree(WEIGHTS / "vae", tmp_path / "vae")
     (tmp_path / "training.json").write_text((WEIGHTS / "training.json").read_text())
-
-    class Small(AutoencoderStage):
-        def batch(self, first: int, count: int) -> torch.Tensor:
-            return torch.rand(min(count, 64), 3, 64, 64) * 2 - 1
-
-        def evaluate(self) -> dict[str, float]:
-            return {}
-
-        def grid(self, path: Path) -> None:
-            pass
 
     for images in (16, 32):  # the second is resumed
         train(
@@ -690,3 +692,21 @@ def test_the_autoencoder_goes_on_with_its_decoder_alone(tmp_path, monkeypatch):
         assert changed == {"decoder", "post_quant_conv"}
     configs = [json.loads((f / "vae/config.json").read_text()) for f in (WEIGHTS, tmp_path)]
     assert configs[0]["scaling_factor"] == configs[1]["scaling_factor"]
+
+
+def test_an_autoencoder_that_was_killed_after_it_exported_goes_on_growing(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr("escd.pretrain.autoencoder.even_out", lambda *_: None)
+    shutil.copytree(WEIGHTS / "vae", tmp_path / "vae")
+    (tmp_path / "training.json").write_text((WEIGHTS / "training.json").read_text())
+    stages = []
+
+    def make(device):
+        stages.append(Small(device, tmp_path, 6))
+        return stages[-1]
+
+    for images in (16, 32):  # the second is resumed, where the weights have six channels already
+        train(make, weights=tmp_path, images=images, progress=False, further=True, evaluations=1)
+        assert isinstance(stages[-1].module, GrowingLoss)
+    first, second = (stage.module.before.state_dict() for stage in stages)
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from ..files import together
 from ..trace import Trace
 from ..world import World
+from . import loop
 from .loop import LoopConfig, psnr
 
 LATENT_CHANNELS = 4
@@ -173,7 +176,7 @@ def grow(vae: AutoencoderKL, latents: int, images: Tensor) -> AutoencoderKL:
     wide.load_state_dict(own)
 
     parts = [_features_and_error(vae, x) for x in images.split(32)]
-    features, error = (torch.cat(part) for part in zip(*parts, strict=True))  # (M, 128), (M, 48)
+    features, error = (torch.cat(part).cpu() for part in zip(*parts, strict=True))  # (M, 128), (M, 48)
     error = error - error.mean(0)
     _, spread, basis = torch.pca_lowrank(error, latents - old, niter=8)
     wanted = error @ basis / (spread / len(error) ** 0.5)
@@ -201,7 +204,7 @@ def even_out(vae: AutoencoderKL, old: int, images: Tensor, deviation: float) -> 
     They are made uncorrelated among themselves and with the old ones on `images` (N, 3, S, S), by the two
     1 x 1 convolutions around the latents: the reconstruction stays what it was.
     """
-    z = torch.cat([vae.encode(x).latent_dist.mean for x in images.split(32)])
+    z = torch.cat([vae.encode(x).latent_dist.mean for x in images.split(32)]).cpu()
     z = z.transpose(0, 1).flatten(1).double()  # (C, M)
     middle = z.mean(1, keepdim=True)
     covariance = (z - middle) @ (z - middle).T / z.shape[1]
@@ -218,11 +221,11 @@ def even_out(vae: AutoencoderKL, old: int, images: Tensor, deviation: float) -> 
     latents, quant, post = len(z), vae.quant_conv, vae.post_quant_conv
     # Log variances move with the scale; they only matter for more training.
     means = slice(0, latents)
-    quant.weight[means] = (turn @ quant.weight[means, :, 0, 0].double()).float()[:, :, None, None]
-    quant.bias[means] = (turn @ quant.bias[means].double() + shift).float()
-    quant.bias[latents + old :] += 2 * scale.log().float()
-    weight = post.weight[:, :, 0, 0].double() @ back
-    post.bias.copy_((post.bias.double() - weight @ shift).float())
+    quant.weight[means] = (turn @ quant.weight[means, :, 0, 0].cpu().double()).float()[:, :, None, None]
+    quant.bias[means] = (turn @ quant.bias[means].cpu().double() + shift).float()
+    quant.bias[latents + old :] += 2 * scale.log().to(quant.bias)
+    weight = post.weight[:, :, 0, 0].cpu().double() @ back
+    post.bias.copy_((post.bias.cpu().double() - weight @ shift).float())
     post.weight.copy_(weight.float()[:, :, None, None])
 
 
@@ -295,11 +298,21 @@ class AutoencoderStage:
         """Grow what is in `folder` to this stage's number of latent channels.
 
         Where it has as many, go on with the decoder alone: the UNet has learnt the latents that the encoder
-        makes.
+        makes. What grows is kept beside the run's state, for a run that was killed after it exported.
         """
-        vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).to(self.device)
+        run = loop.RUNS / self.name
+        kept = run / "grows"
+        begun = (run / "state.pt").exists() and (kept / "vae").is_dir()
+        where = (kept if begun else folder) / "vae"
+        vae = AutoencoderKL.from_pretrained(where, torch_dtype=torch.float32).to(self.device)
         self.scaling = vae.config.scaling_factor
-        if vae.config.latent_channels < self.latents:
+        growing = vae.config.latent_channels < self.latents
+        if growing and not begun:
+            with together(kept) as scratch:
+                vae.save_pretrained(scratch / "vae")
+        elif not begun:
+            shutil.rmtree(kept, ignore_errors=True)  # of a run before
+        if growing:
             self.module = GrowingLoss(vae, self.latents, self.batch(10**6, 768))
             self.module.to(self.device, memory_format=torch.channels_last)  # twice as fast on a CPU
             return
