@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .artefacts import export, low_rank, megabytes_at
-from .backbone import Backbone, load_backbone
+from .backbone import MODELS, Backbone, load_backbone
 from .cost import require_memory, time_in_words, tuning_cost
 from .customization import ATTRIBUTES, Customization, load_customization, resolve_attribute, steps_of
 from .drawn import Drawn, find, named
@@ -193,6 +193,11 @@ def _generate(options: argparse.Namespace, _ending: Ending) -> None:
     require_folder(options.output)
     files = {name: _file_of(name, options, like) for name in ATTRIBUTES}
     said, seeds, wanted = _settings(options, like)
+    if options.backbone is None and said["backbone"] not in MODELS and not Path(said["backbone"]).is_dir():
+        # A picture may come from a stranger: nothing is downloaded for what it says.
+        raise ValueError(
+            f"{options.like} was drawn on the backbone {said['backbone']}: say that it is meant (--backbone)"
+        )
     backbone = load_backbone(said["backbone"])
     if like is not None and options.backbone is None and backbone.identity != like.backbone_identity:
         raise ValueError(

@@ -221,6 +221,8 @@ class ESCDPipeline(
         if isinstance(torch_dtype, Mapping):
             each = dict(torch_dtype)
             rest = each.pop("default", dtype)
+            if unknown := each.keys() - cls._get_signature_keys(cls)[0]:
+                raise ValueError(f"torch_dtype names no component {min(unknown)!r} of a pipeline")
             pipe = cls.from_pretrained(folder, device=device, dtype=rest, image_tower=image_tower)
             for name, wanted in each.items():
                 pipe.components[name].to(wanted)

@@ -189,6 +189,9 @@ class TuningConfig:
         level = self.noise_level
         if level is not None and not (isinstance(level, int | float) and abs(level) <= sys.float_info.max):
             raise ValueError(f"noise_level is None or a finite number, not {level!r}")
+        for name in ("true_scale", "varied"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
         for name in ("augmentation", "dropout"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 <= value <= 1):

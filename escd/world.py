@@ -1148,7 +1148,8 @@ class World:
             self.appearance_families += VARIED_APPEARANCES
 
     def __repr__(self) -> str:
-        return f"World(seed={self.seed}, split={self.split!r}, size={self.size})"
+        varied = ", varied=True" if self.varied else ""
+        return f"World(seed={self.seed}, split={self.split!r}{varied}, size={self.size})"
 
     def __getitem__(self, index: int) -> Sample:
         b = self.batch([index])

@@ -296,7 +296,16 @@ def test_pictures_do_not_replace_each_other_and_say_how_they_were_drawn(here, ti
 
 
 @pytest.mark.parametrize(
-    "about", ["no json", "[]", '{"prompt": "a"}', {"seed": [1]}, {"images": 0}, {"shape": "x"}]
+    "about",
+    [
+        "no json",
+        "[]",
+        '{"prompt": "a"}',
+        {"seed": [1]},
+        {"images": 0},
+        {"shape": "x"},
+        {"backbone": "somebody/gigabytes"},  # which are not fetched
+    ],
 )
 def test_a_picture_that_says_nonsense_is_refused(about, here, tiny_folder, capsys):
     assert main(["generate", "a star", "--steps", "1", "--backbone", str(tiny_folder)]) == 0

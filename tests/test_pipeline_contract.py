@@ -406,6 +406,8 @@ def test_torch_dtype_dict(pipe, tmp_path):
         torch.bfloat16, torch.float32, torch.float32,
     )  # fmt: skip
     assert draw(mixed, BOTH).shape == (1, 16, 16, 3)
+    with pytest.raises(ValueError, match="no component 'unett'"):
+        ESCDPipeline.from_pretrained(tmp_path, device="cpu", torch_dtype={"unett": torch.bfloat16})
 
 
 def test_an_exchanged_module_is_used_and_saved(pipe, backbone, tmp_path):

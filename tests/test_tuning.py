@@ -763,6 +763,12 @@ def test_bad_numbers_are_refused(backbone, picture, changes, error):
         escd.customize(picture, "shape", backbone, progress=False, **changes)
 
 
+@pytest.mark.parametrize("name", ["true_scale", "varied"])
+def test_what_is_true_or_false_is_no_number(name):
+    with pytest.raises(TypeError, match=f"{name} is True or False"):
+        TuningConfig.of("shape", **{name: 1})
+
+
 @pytest.mark.parametrize("share", [1.5, -0.1, float("nan"), "0.5", torch.ones(2)])
 @pytest.mark.parametrize("name", ["augmentation", "dropout"])
 def test_shares_lie_between_0_and_1(name, share):
