@@ -34,7 +34,7 @@ from escd.pretrain import loop  # noqa: E402
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.link", "os.chmod", "os.remove", "os.rmdir"}
 # What differs between any two runs, and what is no result.
-TIMES = {"seconds", "seconds_per_image", "images_per_second"}
+TIMES = {"date", "seconds", "seconds_per_image", "images_per_second"}
 NO_RESULT = {".lock"}
 TINY = ["--backbone", "backbone"]
 

@@ -369,7 +369,7 @@ def told(number: int, at: int):
     ids=str,
 )
 def test_told_to_end_it_keeps_what_it_has(
-    number, code, word, picture, here, tiny_folder, capsys, monkeypatch
+    number, code, word, heard, picture, here, tiny_folder, capsys, monkeypatch
 ):
     command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
     result = Path("horse-shape.safetensors")
