@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import torch
 
 import escd
-from escd import pipeline
-from escd.customization import customized
+from escd.method import pipeline
+from escd.method.customization import customized
 
 PROMPT = "a *m shape with *a appearance on a gray background"
 

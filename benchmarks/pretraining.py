@@ -17,8 +17,9 @@ from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from escd.backbone import MODELS
-from escd.pretrain.unet import UNetStage, quartets
+from escd.backbone.hub import MODELS
+from escd.pretrain.pairs import quartets
+from escd.pretrain.unet import UNetStage
 
 SIDE = 2048  # of the matrices whose product stands for the machine's peak
 

@@ -22,11 +22,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
 import escd
 from escd import records
-from escd.artefacts import megabytes_at
-from escd.backbone import MODELS, Backbone, ImageTower
-from escd.parts import parameters_of
-from escd.study import RANKS
-from escd.tuning import TuningConfig
+from escd.backbone.hub import MODELS
+from escd.backbone.image_tower import ImageTower
+from escd.backbone.model import Backbone
+from escd.backbone.parts import parameters_of
+from escd.evaluation.configs import RANKS
+from escd.method.config import TuningConfig
+from escd.method.low_rank import megabytes_at
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from escd import records
-from escd.cost import relative
-from escd.halves import down_path, recomputed
-from escd.parts import parameters_of
-from escd.tuning import Draws, predicted
+from escd.backbone.halves import down_path, recomputed
+from escd.backbone.parts import parameters_of
+from escd.method.cost import relative
+from escd.method.step import NoisedViews, predicted
 
 SD15 = {
     "sample_size": 64,
@@ -122,7 +122,7 @@ def prepare(
     if method.word:
         text = text.requires_grad_()
         learning.append(text)
-    seen = Draws(x_t, t, target, inside, [""] * batch)
+    seen = NoisedViews(x_t, t, target, inside, [""] * batch)
     if method.conditioning == "cached":
         with torch.no_grad():
             seen.maps = down_path(unet, x_t, t, text)

@@ -1,7 +1,7 @@
 """What tuning `mini` on a CPU gains by its working copy of the UNet: `python benchmarks/tuning_step.py`.
 
-One step's prediction and gradients, by the UNet itself under autocast and by `escd.tuning.working_copy`, in
-turns on the same draws, so that a slow minute of the machine meets both.
+One step's prediction and gradients, by the UNet itself under autocast and by `escd.method.step.working_copy`,
+in turns on the same draws, so that a slow minute of the machine meets both.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import escd
-from escd.parts import parameters_of
-from escd.tuning import Draws, fast_arithmetic, predicted, working_copy
+from escd.backbone.parts import parameters_of
+from escd.method.step import NoisedViews, fast_arithmetic, predicted, working_copy
 
 
-def seconds(network: nn.Module, weights: dict[str, Tensor], seen: Draws, text: Tensor) -> float:
+def seconds(network: nn.Module, weights: dict[str, Tensor], seen: NoisedViews, text: Tensor) -> float:
     """Time of one prediction for the draws and its gradients by the weights."""
     start = time.perf_counter()
     with fast_arithmetic(text.device):
@@ -39,7 +39,7 @@ def main() -> None:
     x = torch.randn(arguments.batch, *backbone.latent_shape, generator=generator)
     t = torch.randint(0, 1000, (arguments.batch,), generator=generator)
     prompts = ["a star shape"] * arguments.batch
-    seen = Draws(x_t=x, t=t, target=x, inside=torch.ones_like(x[:, :1]), prompts=prompts)
+    seen = NoisedViews(x_t=x, t=t, target=x, inside=torch.ones_like(x[:, :1]), prompts=prompts)
     text = backbone.encode_prompt(prompts)
     print(
         f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {arguments.threads} threads"

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from escd.world import World
+from escd.data.world import World
 
 
 def images_per_second(batch: int, threads: int, seconds: float) -> float:

@@ -8,17 +8,22 @@ from .waiting import wait_briefly
 
 wait_briefly()  # before anything here imports torch
 
-from . import parts
-from .artefacts import export, low_rank
-from .backbone import Backbone, ImageTower, load_backbone
-from .cost import require_memory, tuning_cost
-from .customization import ATTRIBUTES, Attribute, Customization, load_customization
-from .encoder import extract_features
-from .fusion import AttributeFilter, pseudo_word
-from .pipeline import ESCDPipeline
-from .trace import Trace
-from .tuning import TuningConfig, customize
-from .world import World
+from .backbone import parts
+from .backbone.image_tower import ImageTower
+from .backbone.model import Backbone
+from .backbone.trace import Trace
+from .data.world import World
+from .loading import load_backbone
+from .method.attributes import ATTRIBUTES, Attribute
+from .method.config import TuningConfig
+from .method.cost import require_memory, tuning_cost
+from .method.customization import Customization, load_customization
+from .method.encoder import extract_features
+from .method.export import export
+from .method.fusion import AttributeFilter, pseudo_word
+from .method.low_rank import low_rank
+from .method.pipeline import ESCDPipeline
+from .method.tuning import customize
 
 if TYPE_CHECKING:
     from .sliders import attribute_sliders

@@ -13,18 +13,23 @@ from pathlib import Path
 
 import torch
 
-from .artefacts import export, low_rank, megabytes_at
-from .backbone import MODELS, Backbone, load_backbone
-from .cost import require_memory, time_in_words, tuning_cost
-from .customization import ATTRIBUTES, Customization, load_customization, resolve_attribute, steps_of
+from .backbone.hub import MODELS
+from .backbone.model import Backbone
+from .backbone.parts import NO_PART, parameters_of
+from .data.images import open_image_and_mask
 from .drawn import Drawn, find, named
 from .ending import Ending
 from .files import require_folder, require_writable, save_elsewhere, save_unused, whole
-from .images import open_image_and_mask
-from .parts import NO_PART, parameters_of
-from .pipeline import MOST, ESCDPipeline
+from .loading import load_backbone
+from .method.attributes import ATTRIBUTES, resolve_attribute
+from .method.config import TuningConfig
+from .method.cost import require_memory, time_in_words, tuning_cost
+from .method.customization import Customization, load_customization, steps_of
+from .method.export import export
+from .method.low_rank import low_rank, megabytes_at
+from .method.pipeline import MOST, ESCDPipeline
+from .method.tuning import customize
 from .records import sha256
-from .tuning import TuningConfig, customize
 
 # What `generate` draws with where neither an option nor the picture of --like says otherwise.
 DRAWING = {

@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 
 import psutil
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 DAY = 24 * 3600  # seconds after which the unfinished files of another machine are given up
 UNFINISHED = re.compile(r"\.escd-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")  # machine, process, any
@@ -127,10 +127,6 @@ def save_elsewhere(path: Path, save: Callable[[Path], object]) -> Path:
     raise failed
 
 
-# --------------------------------------------------------------------------------
-# the folder beside a file
-
-
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
     """A new folder inside `folder`, named after this process, for as long as the block is open."""
@@ -221,3 +217,13 @@ def _numbered(path: Path) -> Iterator[Path]:
     yield path
     for number in count(2):
         yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+@contextmanager
+def open_safetensors(path: str | Path) -> Iterator[safe_open]:
+    """A safetensors file, open for reading; ValueError when it is none, or is cut short."""
+    try:
+        with safe_open(path, "pt") as stored:
+            yield stored
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 if TYPE_CHECKING:
-    from escd.backbone import Backbone
-    from escd.pipeline import ESCDPipeline
+    from .backbone.model import Backbone
+    from .method.pipeline import ESCDPipeline
 
 # Every word that a text encoder with a small vocabulary has read is one token of it. A large vocabulary, as
 # Stable Diffusion's, writes rare words in pieces that it has read, too.

@@ -12,10 +12,14 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
-from escd.backbone import Backbone, ImageTower
-from escd.customization import Customization, resolve_attribute
-from escd.fusion import AttributeFilter
-from escd.parts import parameters_of
+from escd.backbone.folder import save_backbone
+from escd.backbone.image_tower import ImageTower
+from escd.backbone.model import Backbone
+from escd.backbone.parts import parameters_of
+from escd.loading import read_backbone
+from escd.method.attributes import resolve_attribute
+from escd.method.customization import Customization
+from escd.method.fusion import AttributeFilter
 
 WORDS = (
     "man a an the shape appearance texture colour star circle heart in of on with red green blue white and "
@@ -118,14 +122,14 @@ def make_backbone(folder, seed: int = 0) -> Backbone:
 def tiny_folder(tmp_path_factory):
     """The tiny backbone, saved: a folder in the layout of the shipped one."""
     folder = tmp_path_factory.mktemp("tiny")
-    make_backbone(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
+    save_backbone(make_backbone(tmp_path_factory.mktemp("tokenizer")), folder)
     return folder
 
 
 @pytest.fixture
 def backbone(tiny_folder) -> Backbone:
     """A tiny backbone, fresh for each test, on the CPU."""
-    return Backbone.from_pretrained(tiny_folder, name="tiny")
+    return read_backbone(tiny_folder, name="tiny")
 
 
 def make_customization(backbone: Backbone, attribute, seed: int = 0) -> Customization:

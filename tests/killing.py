@@ -27,9 +27,11 @@ from conftest import make_backbone  # noqa: E402
 from PIL import Image  # noqa: E402
 from test_pretrain import Toy  # noqa: E402
 
-from escd import draw, records  # noqa: E402
+from escd import records  # noqa: E402
 from escd.__main__ import main as escd  # noqa: E402
-from escd.canvas import Drawing  # noqa: E402
+from escd.backbone.folder import save_backbone  # noqa: E402
+from escd.paper import draw, sheets, stems  # noqa: E402
+from escd.paper.canvas import Drawing  # noqa: E402
 from escd.pretrain import loop  # noqa: E402
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.link", "os.chmod", "os.remove", "os.rmdir"}
@@ -42,7 +44,7 @@ TINY = ["--backbone", "backbone"]
 def prepare() -> None:
     """What the commands need, and results of before that they must not spoil."""
     Path("tokenizer").mkdir()
-    make_backbone(Path("tokenizer")).save_pretrained("backbone")
+    save_backbone(make_backbone(Path("tokenizer")), "backbone")
     image = Image.new("RGB", (40, 30), "white")
     image.paste("red", (10, 5, 30, 25))
     image.save("horse.png")
@@ -73,17 +75,17 @@ def export_again() -> None:
 
 
 def drawing(size: int = 2) -> None:
-    draw.STEMS["killed"] = draw.Stem(lambda: Drawing(size, size), "notebooks/none.ipynb")
+    stems.STEMS["killed"] = stems.Stem(lambda: Drawing(size, size), "notebooks/none.ipynb")
     draw.draw_figures(["killed"], Path("."))
 
 
 def study(said: str = "two") -> None:
     """A record of each of two configurations, and a picture beside one."""
     records.FOLDER = Path("records")
-    draw._inputs = lambda config: {}
-    draw.MAKERS[draw.SheetConfig] = lambda config: ([draw.pixels(Image.new("RGB", (8, 8), "red"))], {})
+    sheets._inputs = lambda config: {}
+    sheets.MAKERS[sheets.SheetConfig] = lambda config: ([draw.pixels(Image.new("RGB", (8, 8), "red"))], {})
     for prompt in (said, f"{said} more"):
-        draw.stored_images(draw.SheetConfig((prompt,)))
+        sheets.stored_images(sheets.SheetConfig((prompt,)))
 
 
 def pretrain() -> None:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from escd import records
-from escd.backbone import MODELS
-from escd.customization import ATTRIBUTES
+from escd.backbone.hub import MODELS
+from escd.method.attributes import ATTRIBUTES
 from escd.pretrain import ablation, loop
 from escd.pretrain.ablation import ARMS, AblationConfig, AblationStage, main, table
-from escd.pretrain.unet import SAME_SHAPE
+from escd.pretrain.pairs import SAME_SHAPE
 
 
 def test_a_run_trains_filters_alone_and_scores_them(tmp_path, monkeypatch):

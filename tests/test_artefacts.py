@@ -8,9 +8,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from escd.artefacts import export, low_rank, relative_error
-from escd.customization import LowRank, customized, load_customization
-from escd.pipeline import ESCDPipeline
+from escd.method.customization import customized, load_customization
+from escd.method.delta import LowRank
+from escd.method.export import export
+from escd.method.low_rank import low_rank, relative_error
+from escd.method.pipeline import ESCDPipeline
 
 
 @pytest.mark.parametrize("rank", [1, 4])
@@ -187,7 +189,7 @@ def test_an_interrupted_export_leaves_the_old_one(shape, appearance, tmp_path, m
             raise OSError(28, "No space left on device")
         save_file(tensors, file, metadata=metadata)
 
-    monkeypatch.setattr("escd.artefacts.save_file", dies)
+    monkeypatch.setattr("escd.method.export.save_file", dies)
     with pytest.raises(OSError, match="No space left"):
         export(shape, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

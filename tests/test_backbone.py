@@ -17,18 +17,19 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-import escd.backbone
+import escd.backbone.model
 from escd import Backbone, ImageTower, load_backbone
-from escd.backbone import choose_device, load_scheduler
-from escd.customization import load_customization
-from escd.devices import as_device
+from escd.backbone.devices import as_device, choose_device
+from escd.backbone.folder import load_scheduler, save_backbone
+from escd.loading import read_backbone
+from escd.method.customization import load_customization
 
 # ---- loading and storing
 
 
 def test_saving_and_loading_keeps_everything(backbone, tmp_path):
-    backbone.save_pretrained(tmp_path)
-    again = Backbone.from_pretrained(tmp_path)
+    save_backbone(backbone, tmp_path)
+    again = read_backbone(tmp_path)
     assert again.identity == backbone.identity and len(again.identity) == 12
     for name, module in backbone.modules.items():
         for key, w in module.state_dict().items():
@@ -39,7 +40,7 @@ def test_saving_and_loading_keeps_everything(backbone, tmp_path):
 
 
 def test_half_precision_on_disk_is_the_same_backbone_in_float32(backbone, tmp_path):
-    backbone.save_pretrained(tmp_path, torch.float16)
+    save_backbone(backbone, tmp_path, torch.float16)
     assert (
         load_file(tmp_path / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype
         == torch.float16
@@ -108,9 +109,7 @@ def test_text_weights_load_under_either_name(backbone, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "unprefixed")
     file = folder / "text_encoder/model.safetensors"
     save_file({k.removeprefix("text_model."): w for k, w in load_file(file).items()}, file)
-    assert torch.equal(
-        Backbone.from_pretrained(folder).encode_prompt("a star"), backbone.encode_prompt("a star")
-    )
+    assert torch.equal(read_backbone(folder).encode_prompt("a star"), backbone.encode_prompt("a star"))
 
 
 def as_published(tiny_folder, folder):
@@ -140,8 +139,8 @@ def test_a_published_folder_takes_an_image_tower(backbone, tiny_folder, tmp_path
 
 @torch.no_grad()
 def test_a_published_folder_takes_open_clips_weights(clip, tiny_folder, tmp_path, monkeypatch):
-    small = dataclasses.replace(escd.backbone.OPENCLIP, architecture=CLIP_CFG)
-    monkeypatch.setattr(escd.backbone, "OPENCLIP", small)
+    small = dataclasses.replace(escd.backbone.hub.OPENCLIP, architecture=CLIP_CFG)
+    monkeypatch.setattr(escd.backbone.hub, "OPENCLIP", small)
     save_file(clip.state_dict(), tmp_path / "open_clip.safetensors")
     folder = as_published(tiny_folder, tmp_path / "sd")
     shutil.rmtree(folder / "filters", ignore_errors=True)  # which read another tower's token
@@ -167,24 +166,25 @@ def test_a_hub_model_that_is_not_here_is_told_clearly(offline):
         load_backbone("nobody/nothing-v1.5")
 
 
-WEIGHTS = [f"{name}/{stem}" for name, stem in escd.backbone.STEMS.items()]
+WEIGHTS = [f"{name}/{stem}" for name, stem in escd.backbone.layout.STEMS.items()]
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """Sets what the hub says it has (name -> bytes); the calls that would download are kept, not made."""
     downloads = []
-    monkeypatch.setattr(escd.backbone, "HF_HUB_CACHE", str(tmp_path / "not" / "there"))
+    monkeypatch.setattr(escd.backbone.hub, "HF_HUB_CACHE", str(tmp_path / "not" / "there"))
 
     def download(repository, *, allow_patterns, **_):
         downloads.append(allow_patterns)
         return tmp_path
 
-    monkeypatch.setattr(escd.backbone, "snapshot_download", download)
+    monkeypatch.setattr(escd.backbone.hub, "snapshot_download", download)
 
     def has(files):
         info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=n, size=s) for n, s in files.items()])
-        monkeypatch.setattr(escd.backbone, "HfApi", lambda: SimpleNamespace(model_info=lambda *a, **k: info))
+        api = SimpleNamespace(model_info=lambda *a, **k: info)
+        monkeypatch.setattr(escd.backbone.hub, "HfApi", lambda: api)
         return downloads
 
     return has
@@ -193,7 +193,7 @@ def hub(monkeypatch, tmp_path):
 def test_a_full_disk_is_told_before_the_download(monkeypatch, hub):
     downloads = hub({f"{w}.safetensors": 10**9 for w in WEIGHTS} | {"v1-5.ckpt": 4 * 10**9})
     usage = SimpleNamespace(free=2_000_000_000)
-    monkeypatch.setattr(escd.backbone.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(escd.backbone.hub.shutil, "disk_usage", lambda place: usage)
     with pytest.raises(OSError, match=r"nobody/nothing needs 3\.0 GB more in .*2\.0 GB are free.*HF_HOME"):
         load_backbone("nobody/nothing")
     assert not downloads
@@ -230,14 +230,14 @@ def test_what_cannot_be_used_is_refused_before_the_download(hub):
 def test_a_folder_of_one_variant_is_read(variant, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "sd")
     for file in folder.glob("*/*.safetensors"):
-        if file.parent.name in escd.backbone.STEMS:
+        if file.parent.name in escd.backbone.layout.STEMS:
             file.rename(file.with_suffix(f".{variant}.safetensors"))
     assert load_backbone(folder, device="cpu").identity == load_backbone(tiny_folder, device="cpu").identity
 
 
 def test_a_missing_image_tower_is_told_clearly(offline, tiny_folder, tmp_path, monkeypatch):
-    absent = dataclasses.replace(escd.backbone.OPENCLIP, repository="nobody/nothing")
-    monkeypatch.setattr(escd.backbone, "OPENCLIP", absent)
+    absent = dataclasses.replace(escd.backbone.hub.OPENCLIP, repository="nobody/nothing")
+    monkeypatch.setattr(escd.backbone.hub, "OPENCLIP", absent)
     folder = as_published(tiny_folder, tmp_path / "sd")
     with pytest.raises(OSError, match=r"no image tower of its own; nobody/nothing.*image_tower="):
         load_backbone(folder)  # its filters read one
@@ -250,11 +250,11 @@ def test_a_missing_image_tower_is_told_clearly(offline, tiny_folder, tmp_path, m
 def test_open_clips_weights_are_fetched_when_a_filter_reads_them(clip, tiny_folder, tmp_path, monkeypatch):
     save_file(clip.state_dict(), tmp_path / "open_clip.safetensors")
     monkeypatch.setattr(
-        escd.backbone, "OPENCLIP", dataclasses.replace(escd.backbone.OPENCLIP, architecture=CLIP_CFG)
+        escd.backbone.hub, "OPENCLIP", dataclasses.replace(escd.backbone.hub.OPENCLIP, architecture=CLIP_CFG)
     )
     fetched = []
     monkeypatch.setattr(
-        escd.backbone,
+        escd.backbone.hub,
         "hf_hub_download",
         lambda *_, **__: fetched.append(1) or str(tmp_path / "open_clip.safetensors"),
     )
@@ -266,7 +266,7 @@ def test_open_clips_weights_are_fetched_when_a_filter_reads_them(clip, tiny_fold
     pipe = escd.ESCDPipeline(loaded, shape=learnt)
     assert pipe("a *m shape", num_inference_steps=1).images
     assert pipe.components["image_tower"] is None and pipe.to("cpu") is pipe
-    loaded.save_pretrained(tmp_path / "again")
+    save_backbone(loaded, tmp_path / "again")
     assert not (tmp_path / "again" / "image_tower").exists() and not fetched
     tower = load_backbone(tmp_path / "again", device="cpu", dtype=torch.bfloat16).image_tower
     assert fetched == [1] and tower.dtype is torch.bfloat16 and not tower.training
@@ -302,8 +302,8 @@ class Hub:
     ],
 )
 def test_what_the_hub_refuses_is_one_line(kind, status, message, monkeypatch):
-    monkeypatch.setattr(escd.backbone, "snapshot_download", Hub(kind, status))
-    monkeypatch.setattr(escd.backbone, "HfApi", lambda: SimpleNamespace(model_info=Hub(kind, status)))
+    monkeypatch.setattr(escd.backbone.hub, "snapshot_download", Hub(kind, status))
+    monkeypatch.setattr(escd.backbone.hub, "HfApi", lambda: SimpleNamespace(model_info=Hub(kind, status)))
     with pytest.raises(OSError, match=message) as told:
         load_backbone("nobody/nothing")
     assert "\n" not in str(told.value)
@@ -436,9 +436,9 @@ def test_a_full_gpu_is_told_clearly(tiny_folder, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     backbone = load_backbone(tiny_folder, device="cpu")
-    monkeypatch.setattr(Backbone, "from_pretrained", lambda *_, **__: backbone)
+    monkeypatch.setattr(escd.loading, "read_backbone", lambda *_, **__: backbone)
     monkeypatch.setattr(Backbone, "to", full)
-    monkeypatch.setattr(escd.backbone, "as_device", torch.device)  # as if there were one
+    monkeypatch.setattr(escd.loading, "as_device", torch.device)  # as if there were one
     with pytest.raises(MemoryError, match=r"does not fit.*cuda.*float16.*CPU"):
         load_backbone(tiny_folder, device="cuda")
 
@@ -580,8 +580,8 @@ def test_pseudo_words_are_read_by_copies_of_the_tokenizer(backbone, tmp_path):
     (ids,) = backbone.token_ids(["a *m"]).tolist()
     assert min(ids) >= 0  # not known here, whatever was known before
     assert backbone.tokenizer.backend_tokenizer.to_str() == before
-    backbone.save_pretrained(tmp_path)
-    assert "*m" not in Backbone.from_pretrained(tmp_path).tokenizer.get_vocab()
+    save_backbone(backbone, tmp_path)
+    assert "*m" not in read_backbone(tmp_path).tokenizer.get_vocab()
 
 
 # ---- the image tower
@@ -630,15 +630,15 @@ def test_a_tower_it_cannot_hold_is_refused(clip):
         ImageTower.from_open_clip(clip, {"embed_dim": 16, "vision_cfg": {"timm_model_name": "convnext"}})
     with pytest.raises(ValueError, match="knows no model 'ViT-B-33'"):
         ImageTower.from_open_clip(clip, "ViT-B-33")
-    assert escd.backbone._tower_config("ViT-B-32")["width"] == 768
+    assert escd.backbone.image_tower._tower_config("ViT-B-32")["width"] == 768
 
 
 def test_a_large_backbone_without_a_gpu_says_how_long_tuning_takes(tiny_folder, monkeypatch):
-    monkeypatch.setattr(escd.backbone, "choose_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(escd.loading, "choose_device", lambda: torch.device("cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_backbone(tiny_folder)  # small
-        monkeypatch.setattr(escd.backbone, "LARGE", 1)
+        monkeypatch.setattr(escd.backbone.model, "LARGE", 1)
         load_backbone(tiny_folder, device="cpu")  # asked for
     with pytest.warns(UserWarning, match=r"shape \d+ (s|min) \(\d+ steps\), appearance \d+ (s|min)"):
         load_backbone(tiny_folder)

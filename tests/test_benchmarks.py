@@ -8,8 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from escd import records
-from escd.artefacts import megabytes_at
-from escd.parts import parameters_of
+from escd.backbone.parts import parameters_of
+from escd.method.low_rank import megabytes_at
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 

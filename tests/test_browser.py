@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
     """A folder with a notebook of sliders on a tiny backbone, and copies of the committed notebooks."""
     folder = tmp_path_factory.mktemp("lab")
     backbone = make_backbone(tmp_path_factory.mktemp("tokenizer"))
-    backbone.save_pretrained(folder / "backbone")
+    save_backbone(backbone, folder / "backbone")
     make_customization(backbone, "shape").save(folder / "shape.safetensors")
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
     nb.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -23,8 +23,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from escd import ESCDPipeline, TuningConfig, customize, load_backbone, load_customization
 from escd.__main__ import _bytes_of, main
-from escd.customization import steps_of
 from escd.ending import Ending
+from escd.method.customization import steps_of
 
 
 @pytest.fixture

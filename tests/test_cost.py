@@ -12,7 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import escd
-from escd.cost import (
+from escd.backbone.halves import down_path
+from escd.method.config import TuningConfig
+from escd.method.cost import (
     TuningCost,
     cpu_seconds,
     needs_checkpointing,
@@ -20,14 +22,13 @@ from escd.cost import (
     time_in_words,
     tuning_cost,
 )
-from escd.halves import down_path
-from escd.tuning import Draws, TuningConfig, fast_arithmetic, predicted
+from escd.method.step import NoisedViews, fast_arithmetic, predicted
 
 # Peak memory of a process that tunes mini for two steps, in bytes.
 PEAK = """
 import resource, sys, torch
 import escd
-from escd.tuning import TuningConfig
+from escd.method.config import TuningConfig
 torch.set_num_threads(1)
 backbone = escd.load_backbone("mini", device="cpu")
 config = TuningConfig.of("appearance", steps=2, views=2, batch_size=int(sys.argv[1]))
@@ -86,7 +87,7 @@ def test_operations_are_those_of_a_real_step(backbone):
         for name, p in escd.parts.parameters_of(backbone.unet, "encoder").items()
     }
     x_t = torch.randn(2, *backbone.latent_shape)
-    seen = Draws(x_t, torch.tensor([5, 500]), x_t, torch.ones(2, 1, 1, 1), [""] * 2)
+    seen = NoisedViews(x_t, torch.tensor([5, 500]), x_t, torch.ones(2, 1, 1, 1), [""] * 2)
     text = backbone.encode_prompt(["a star"] * 2).detach().requires_grad_()
     with FlopCounterMode(display=False) as counter:
         predicted(backbone.unet, weights, seen, text, "joint").sum().backward()
@@ -111,8 +112,9 @@ def test_checkpointing_trades_memory_for_arithmetic(backbone):
 @pytest.mark.parametrize(("gigabytes", "wanted"), [(12, True), (48, False)])
 def test_a_small_gpu_has_checkpointing_without_being_asked(backbone, monkeypatch, gigabytes, wanted):
     config = TuningConfig.of("appearance")
-    monkeypatch.setattr("escd.cost.memory_for", lambda device: gigabytes << 30)
-    monkeypatch.setattr("escd.cost.tuning_cost", lambda *_, **__: TuningCost(4 << 30, 7 << 30, 1 << 30, 1))
+    monkeypatch.setattr("escd.method.cost.memory_for", lambda device: gigabytes << 30)
+    cost = TuningCost(4 << 30, 7 << 30, 1 << 30, 1)
+    monkeypatch.setattr("escd.method.cost.tuning_cost", lambda *_, **__: cost)
     assert not needs_checkpointing(backbone, config), "on a CPU"
     gpu = SimpleNamespace(device=torch.device("cuda"), large=True)
     assert needs_checkpointing(gpu, config) is wanted

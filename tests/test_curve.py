@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from escd import curve, records
-from escd.curve import (
+from escd import records
+from escd.evaluation import curve
+from escd.evaluation.curve import (
     CurveConfig,
     ReconstructionCurveConfig,
     in_words,
@@ -31,7 +32,7 @@ def test_the_seconds_of_a_checkpoint_add_up_over_trainings(tmp_path):
 
 def test_a_checkpoint_is_scored_like_the_study(tmp_path, monkeypatch):
     few = {"shape": 2, "appearance": 1}  # steps: enough to see that it runs
-    monkeypatch.setattr("escd.tuning.STEPS", few)
+    monkeypatch.setattr("escd.method.config.STEPS", few)
     backbone = curve.MODELS["mini"].folder
     metrics = score_checkpoint(CurveConfig(7, prompts=4, references=1, sampler_steps=2), backbone)
     assert set(metrics["obeyed"]) == {"shape", "pattern", "colours", "background", "all"}

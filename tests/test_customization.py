@@ -12,11 +12,14 @@ from conftest import make_backbone, make_customization
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import escd.customization
+import escd
 from escd import ATTRIBUTES, Attribute, ESCDPipeline, load_customization
-from escd.artefacts import low_rank
-from escd.backbone import Backbone
-from escd.customization import LowRank, customized, load_customizations, resolve_attribute
+from escd.loading import read_backbone
+from escd.method import customization
+from escd.method.attributes import resolve_attribute
+from escd.method.customization import customized, load_customizations
+from escd.method.delta import LowRank
+from escd.method.low_rank import low_rank
 
 # ---- attributes
 
@@ -108,7 +111,7 @@ def test_an_interrupted_save_leaves_the_old_file(shape, appearance, backbone, tm
         file.write_bytes(b"half a")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(escd.customization, "save_file", dies)
+    monkeypatch.setattr(customization, "save_file", dies)
     with pytest.raises(KeyboardInterrupt):
         appearance.save(path)
     assert load_customization(path, backbone).attribute.name == "shape"
@@ -169,7 +172,7 @@ def test_changes_outside_the_stated_part(shape, backbone, tmp_path):
 @pytest.fixture(scope="module")
 def fixed(tiny_folder):
     """A tiny backbone that these tests share, as none changes it."""
-    return Backbone.from_pretrained(tiny_folder, name="tiny")
+    return read_backbone(tiny_folder, name="tiny")
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +187,7 @@ def stored(fixed, tmp_path_factory):
 def refused(fixed, folder, about, tensors, field):
     """Write a file and see that loading it names the file and the field, in one line."""
     file = folder / "stranger.safetensors"
-    metadata = {"format": escd.customization.FORMAT}
+    metadata = {"format": escd.method.customization.FORMAT}
     if about is not None:
         metadata["about"] = about if isinstance(about, str) else json.dumps(about)
     save_file({name: w.clone() for name, w in tensors.items()}, file, metadata=metadata)
@@ -195,7 +198,7 @@ def refused(fixed, folder, about, tensors, field):
 
 def test_the_file_that_the_following_ones_differ_from_is_taken(fixed, stored, tmp_path):
     about, tensors = stored
-    metadata = {"format": escd.customization.FORMAT, "about": json.dumps(about)}
+    metadata = {"format": escd.method.customization.FORMAT, "about": json.dumps(about)}
     save_file(tensors, tmp_path / "x.safetensors", metadata=metadata)
     loaded = load_customization(tmp_path / "x.safetensors", fixed)
     assert any(isinstance(w, LowRank) for w in loaded.delta.values())

@@ -13,8 +13,10 @@ from matplotlib import rcParams
 from PIL import Image
 
 import escd
-from escd import canvas, draw, records
-from escd.canvas import Canvas, image_grid, pixels
+from escd import paths, records
+from escd.paper import canvas, draw, sheets
+from escd.paper import stems as stems_module
+from escd.paper.canvas import Canvas, image_grid, pixels
 
 
 def test_pixels_of_tensors_pictures_and_arrays():
@@ -85,10 +87,10 @@ def two_stems(monkeypatch):
 
     record = SimpleNamespace(key="cafe")
     stems = {
-        "one": draw.Stem(lambda: line("black"), "notebooks/03_method.ipynb"),
-        "two": draw.Stem(lambda: line("red").made_from([record]), "notebooks/03_method.ipynb"),
+        "one": stems_module.Stem(lambda: line("black"), "notebooks/03_method.ipynb"),
+        "two": stems_module.Stem(lambda: line("red").made_from([record]), "notebooks/03_method.ipynb"),
     }
-    monkeypatch.setattr(draw, "STEMS", stems)
+    monkeypatch.setattr(stems_module, "STEMS", stems)
     return stems
 
 
@@ -120,10 +122,10 @@ def test_an_unknown_figure_is_refused(capsys):
 
 def test_every_figure_belongs_to_a_notebook_and_to_the_committed_manifest():
     manifest = json.loads((draw.FIGURES / "manifest.json").read_text())
-    assert manifest.keys() == draw.STEMS.keys()
-    for name, stem in draw.STEMS.items():
-        assert (records.ROOT / stem.notebook).is_file()
-        assert f"draw.{name}()" in (records.ROOT / stem.notebook).read_text()
+    assert manifest.keys() == stems_module.STEMS.keys()
+    for name, stem in stems_module.STEMS.items():
+        assert (paths.ROOT / stem.notebook).is_file()
+        assert f"draw.{name}()" in (paths.ROOT / stem.notebook).read_text()
         assert set(manifest[name]["sha256"]) == {f"{name}.pdf", f"{name}.png"}
 
 
@@ -138,29 +140,29 @@ def stored(backbone, tmp_path, monkeypatch):
 
 
 def test_images_are_made_once_and_kept_with_their_record(stored, monkeypatch):
-    config = draw.SheetConfig(("a star shape", "a circle"), steps=2)
-    record, images = draw.stored_images(config)
+    config = sheets.SheetConfig(("a star shape", "a circle"), steps=2)
+    record, images = sheets.stored_images(config)
     assert [image.shape for image in images] == [(16, 16, 3)] * 2
     assert not np.array_equal(*images)
 
     def never(config):
         raise AssertionError("made although stored")
 
-    monkeypatch.setitem(draw.MAKERS, draw.SheetConfig, never)
-    again, same = draw.stored_images(config)
+    monkeypatch.setitem(sheets.MAKERS, sheets.SheetConfig, never)
+    again, same = sheets.stored_images(config)
     assert again == record and np.array_equal(same, images)
 
     # other weights: made anew
     monkeypatch.setattr(draw, "weights_of", lambda name: {"backbone mini": "bb"})
     with pytest.raises(AssertionError, match="made although stored"):
-        draw.stored_images(config)
+        sheets.stored_images(config)
     monkeypatch.setattr(draw, "weights_of", lambda name: {"backbone mini": "aa"})
 
     # pixels that are not the record's are noticed
     (path,) = (stored / "images").glob("*.png")
     Image.fromarray(255 - np.concatenate(images, axis=1)).save(path)
     with pytest.raises(ValueError, match="pixels"):
-        draw.stored_images(config)
+        sheets.stored_images(config)
 
 
 def assert_same(one: np.ndarray, other: np.ndarray) -> None:
@@ -170,11 +172,11 @@ def assert_same(one: np.ndarray, other: np.ndarray) -> None:
 
 def test_a_process_begins_and_ends_where_the_pipeline_does(stored, backbone, monkeypatch):
     monkeypatch.setattr(draw, "World", lambda seed: escd.World(seed=seed))
-    config = draw.ProcessConfig("a star", sample=3, shown=(2, 1, 0), steps=2)
+    config = sheets.ProcessConfig("a star", sample=3, shown=(2, 1, 0), steps=2)
     # the tiny backbone takes pictures of the world at 64 px too: its latents are larger, the steps the same
     monkeypatch.setattr(type(backbone), "latent_shape", property(lambda self: (4, 32, 32)))
     monkeypatch.setattr(type(backbone), "image_size", property(lambda self: 64))
-    record, images = draw.stored_images(config)
+    record, images = sheets.stored_images(config)
     assert len(images) == 6
     assert record.metrics["times"][0] == 0 and record.metrics["times"] == sorted(record.metrics["times"])
     x_0 = backbone.encode_images(escd.World(seed=0)[3].image[None])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from escd.encoder import extract_features, feature_widths, pooled
+from escd.method.encoder import extract_features, feature_widths, pooled
 
 
 def test_embeds_ref_is_cls_then_pooled_down_features(backbone):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from escd import evaluate
-from escd.backbone import Backbone
-from escd.evaluate import CARRIERS, SCENES, EvaluationConfig, Scorers, asked, subjects_in
-from escd.tuning import TuningConfig
+from escd.evaluation import benchmark as evaluate
+from escd.evaluation.benchmark import CARRIERS, SCENES, EvaluationConfig, Scorers, asked, subjects_in
+from escd.loading import read_backbone
+from escd.method.config import TuningConfig
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_what_is_scored(scorers, folder):
 
 
 def test_the_floor_is_the_untouched_backbone(scorers, folder, tiny_folder, tmp_path):
-    backbone = Backbone.from_pretrained(tiny_folder, name="tiny")
+    backbone = read_backbone(tiny_folder, name="tiny")
     before = {n: p.clone() for n, p in backbone.unet.named_parameters()}
     subject = subjects_in(folder)[0]
     found = {}

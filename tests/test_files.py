@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 import escd
-from escd import draw, files, numbers, records
-from escd.canvas import Drawing
+from escd import files, records
+from escd.paper import draw, numbers, sheets, stems
+from escd.paper.canvas import Drawing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -263,7 +264,7 @@ def test_an_interrupted_drawing_leaves_both_old_files(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_manifest_picture_or_readme_is_the_old_one(tmp_path, monkeypatch):
-    monkeypatch.setitem(draw.STEMS, "a_test", draw.Stem(lambda: Drawing(1, 1), "notebooks/none.ipynb"))
+    monkeypatch.setitem(stems.STEMS, "a_test", stems.Stem(lambda: Drawing(1, 1), "notebooks/none.ipynb"))
     draw.draw_figures(["a_test"], tmp_path)
     manifest = (tmp_path / "manifest.json").read_text()
     assert json.loads(manifest)["a_test"]["sha256"].keys() == {"a_test.pdf", "a_test.png"}
@@ -275,7 +276,7 @@ def test_an_interrupted_manifest_picture_or_readme_is_the_old_one(tmp_path, monk
     written = readme.read_text(encoding="utf-8")
     assert written == f"é\n{numbers.BEGIN}\nthe numbers\n{numbers.END}\n"
     monkeypatch.setattr(os, "fsync", interrupted)  # after the writing, before the new file takes its place
-    monkeypatch.setitem(draw.STEMS, "a_test", draw.Stem(lambda: Drawing(2, 2), "notebooks/none.ipynb"))
+    monkeypatch.setitem(stems.STEMS, "a_test", stems.Stem(lambda: Drawing(2, 2), "notebooks/none.ipynb"))
     monkeypatch.setattr(numbers, "_summary", lambda values: "other numbers")
     before = names(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -288,10 +289,10 @@ def test_an_interrupted_manifest_picture_or_readme_is_the_old_one(tmp_path, monk
 
 def test_pictures_of_a_record_are_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "FOLDER", tmp_path)
-    config = draw.ProcessConfig("a star", 0, (0,))
+    config = sheets.ProcessConfig("a star", 0, (0,))
     picture = np.zeros((4, 4, 3), np.uint8)
-    monkeypatch.setitem(draw.MAKERS, draw.ProcessConfig, lambda config: ([picture], {}))
-    monkeypatch.setattr(draw, "_inputs", lambda config: {})
+    monkeypatch.setitem(sheets.MAKERS, sheets.ProcessConfig, lambda config: ([picture], {}))
+    monkeypatch.setattr(sheets, "_inputs", lambda config: {})
 
     def half(self, path, **options):
         path.write_bytes(b"half")
@@ -299,14 +300,14 @@ def test_pictures_of_a_record_are_whole(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Image.Image, "save", half)
-        draw.stored_images(config)
+        sheets.stored_images(config)
     assert names(tmp_path / "images") == []
-    _, (stored,) = draw.stored_images(config)
+    _, (stored,) = sheets.stored_images(config)
     assert np.array_equal(stored, picture) and len(names(tmp_path / "images")) == 1
 
 
 def test_an_interrupted_append_leaves_the_records_as_they_were(tmp_path, monkeypatch):
-    config = draw.ProcessConfig("a star", 0, (0,))
+    config = sheets.ProcessConfig("a star", 0, (0,))
     records.get(config, lambda _: {"score": 1.0}, folder=tmp_path)
     before = (tmp_path / "process.jsonl").read_bytes()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

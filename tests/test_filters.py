@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 import escd
-from escd.backbone import Backbone
-from escd.fusion import AttributeFilter
-from escd.measure import foreground_mask
+from escd.data.foreground import foreground_mask
+from escd.data.world import World
+from escd.loading import read_backbone
+from escd.method.fusion import AttributeFilter
 from escd.pretrain import loop
 from escd.pretrain.__main__ import main
 from escd.pretrain.filters import NEEDED, FilterStage, images_to_learn_from
-from escd.world import World
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_too_few_images_are_refused(tmp_path, folder):
 
 def test_filters_of_another_backbone_are_refused(tiny_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no attribute filters"):
-        Backbone.from_pretrained(tiny_folder, filters=tmp_path)
+        read_backbone(tiny_folder, filters=tmp_path)
     AttributeFilter(7, 32, 5).save_pretrained(tmp_path / "filters" / "shape")
     with pytest.raises(ValueError, match=r"shape filter in .* is of another backbone: .* 7, 32, 5 wide"):
-        Backbone.from_pretrained(tiny_folder, filters=tmp_path)
+        read_backbone(tiny_folder, filters=tmp_path)

@@ -25,10 +25,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as as_bytes
 
 from escd import ESCDPipeline, TuningConfig, load_customization
-from escd.artefacts import low_rank
-from escd.backbone import Backbone, load_scheduler
-from escd.customization import FORMAT, load_customizations
-from escd.images import open_image_and_mask
+from escd.backbone.folder import load_scheduler
+from escd.backbone.model import Backbone
+from escd.data.images import open_image_and_mask
+from escd.loading import read_backbone
+from escd.method.customization import FORMAT, load_customizations
+from escd.method.low_rank import low_rank
 
 TIMES = int(os.environ.get("ESCD_FUZZ", "1"))
 SEED = int(os.environ.get("ESCD_FUZZ_SEED", "0"))
@@ -58,7 +60,7 @@ def refused_in_one_line(case: str, *, naming: str = "") -> Iterator[None]:
 @pytest.fixture(scope="module")
 def fixed(tiny_folder) -> Backbone:
     """A tiny backbone that all cases share, as none may change it."""
-    return Backbone.from_pretrained(tiny_folder, name="tiny")
+    return read_backbone(tiny_folder, name="tiny")
 
 
 # ---- bytes

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from escd.data.names import PIERCED, SHAPES, UNNAMED_APPEARANCES, VARIED_APPEARANCES
+from escd.data.random import CounterRNG
+from escd.data.textures import TEXTURES
+from escd.data.world import World
 from escd.pretrain.autoencoder import GrowingLoss, even_out, grow, make_autoencoder
-from escd.pretrain.unet import grow_unet, make_unet
-from escd.world import PIERCED, SHAPES, TEXTURES, UNNAMED_APPEARANCES, VARIED_APPEARANCES, Draws, World
+from escd.pretrain.networks import grow_unet, make_unet
 
 
 @pytest.fixture(scope="module")
@@ -92,11 +95,11 @@ def test_a_varied_world_draws_every_family_and_leaves_the_plain_one_alone():
 
 @pytest.mark.parametrize("family", VARIED_APPEARANCES)
 def test_a_varied_texture_is_in_range_varies_and_does_not_depend_on_its_batch(family):
-    texture = TEXTURES[family](Draws(3, torch.arange(6)), 64)
+    texture = TEXTURES[family](CounterRNG(3, torch.arange(6)), 64)
     assert texture.shape == (6, 3, 64, 64)
     assert torch.isfinite(texture).all()
     assert (texture.clamp(0, 1).flatten(1).std(1) > 0.005).sum() >= 5
-    alone = TEXTURES[family](Draws(3, torch.tensor([4])), 64)[0]
+    alone = TEXTURES[family](CounterRNG(3, torch.tensor([4])), 64)[0]
     assert torch.allclose(alone, texture[4], atol=1e-5)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from escd.halves import down_path, half_of, up_path, with_weights
-from escd.parts import names_of, parameters_of
-from escd.trace import Trace
+from escd.backbone.halves import down_path, half_of, up_path, with_weights
+from escd.backbone.parts import names_of, parameters_of
+from escd.backbone.trace import Trace
 
 
 def test_down_path_is_bit_equal_to_forward(backbone):

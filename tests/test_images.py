@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageCms, features
 
-from escd.images import open_image, open_image_and_mask
+from escd.data.images import open_image, open_image_and_mask
 
 RED = torch.tensor([1.0, -1, -1])
 

@@ -5,21 +5,15 @@ import json
 import pytest
 import torch
 
-from escd import judges, measure
-from escd.judges import (
-    HEADS,
-    IGNORED,
-    Judge,
-    Judgement,
-    Judges,
-    accuracies,
-    load_judges,
-    obeyed,
-    still_clear,
-    targets_of,
-)
+from escd.data.names import BACKGROUND_RGB, COLOUR_RGB, COLOURS, NONE, PATTERNS, SHAPES
+from escd.data.random import CounterRNG
+from escd.data.world import World
+from escd.evaluation import answers, judges, measure
+from escd.evaluation.answers import IGNORED, accuracies, still_clear, targets_of
+from escd.evaluation.judges import HEADS, Judge, Judgement, Judges, load_judges, obeyed
+from escd.evaluation.references import named_outlines
+from escd.pretrain import judges as training
 from escd.pretrain import loop
-from escd.world import BACKGROUND_RGB, COLOUR_RGB, COLOURS, NONE, PATTERNS, SHAPES, World
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +30,7 @@ def test_shipped_judges_after_the_autoencoder(pictures, shipped):
     """A sample; the record of `JudgesConfig` has the whole validation. The aim is 99.5 %."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(judges.WEIGHTS / "mini" / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(training.WEIGHTS / "mini" / "vae", torch_dtype=torch.float32).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         decoded = vae.decode(vae.encode(pictures.image).latent_dist.mode()).sample.float().clamp(-1, 1)
     scores = accuracies(shipped(decoded), still_clear(decoded, targets_of(pictures)))
@@ -67,13 +61,13 @@ def test_rules_of_what_is_clear(pictures):
     named, clear = pictures.shape != NONE, targets["shape"] != IGNORED
     assert (targets["shape"][named & clear] == pictures.shape[named & clear]).all()
     assert (targets["shape"][~named & clear] == len(SHAPES)).all()
-    like = measure.iou_matrix(pictures.mask[~named & clear, 0] > 0.5, judges.named_outlines(), refined=())
-    assert like.max() < judges.LIKE_NAMED
+    like = measure.iou_matrix(pictures.mask[~named & clear, 0] > 0.5, named_outlines(), refined=())
+    assert like.max() < answers.LIKE_NAMED
     single = pictures.colours.sum(1) == 1
     gradient = pictures.pattern == PATTERNS.index("gradient")
     assert (targets["pattern"][gradient & single] == IGNORED).all()
     # an object too thin for a pattern
-    thick = -torch.nn.functional.max_pool2d(-(pictures.mask > 0.98).float(), judges.WIDE, 1)
+    thick = -torch.nn.functional.max_pool2d(-(pictures.mask > 0.98).float(), answers.WIDE, 1)
     thin, solid = thick.flatten(1).amax(1) == 0, pictures.pattern == PATTERNS.index("solid")
     assert thin.any() and (targets["pattern"][thin & ~solid] == IGNORED).all()
     for name in ("shape", "pattern", "background"):
@@ -138,8 +132,8 @@ def test_bad_images_are_refused(shipped):
 
 def test_what_a_spoilt_picture_shows_stays():
     batch = World(seed=2, named_shapes=1.0, named_appearances=1.0).batch(range(64))
-    draws = judges.world.Draws(0, torch.arange(64))
-    spoilt = judges.spoil(batch.image, draws)
+    draws = CounterRNG(0, torch.arange(64))
+    spoilt = training.spoil(batch.image, draws)
     error = loop.psnr(spoilt, batch.image)
     assert spoilt.abs().max() <= 1 and 18 < error.min() and (error < 40).any()
     assert (error < 60).float().mean() > 0.6  # most are changed
@@ -147,18 +141,18 @@ def test_what_a_spoilt_picture_shows_stays():
 
 def test_training_learns_resumes_and_exports(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(judges.JudgeStage, "decoded", 0.0)
-    monkeypatch.setattr(judges.JudgeStage, "held_out", lambda stage, split: small(stage))
+    monkeypatch.setattr(training.JudgeStage, "decoded", 0.0)
+    monkeypatch.setattr(training.JudgeStage, "held_out", lambda stage, split: small(stage))
 
     def small(stage):
         batch = World(seed=7).batch(range(8))
         return {"decoded": (batch.image, targets_of(batch))}
 
     weights = tmp_path / "judges"
-    arguments = ["--weights", str(weights), "--vae", str(judges.WEIGHTS / "mini" / "vae")]
-    judges.main([*arguments, "--images", "128"])
+    arguments = ["--weights", str(weights), "--vae", str(training.WEIGHTS / "mini" / "vae")]
+    training.main([*arguments, "--images", "128"])
     first = load_judges(weights)
-    judges.main([*arguments, "--images", "192"])  # one step more, from where it stopped
+    training.main([*arguments, "--images", "192"])  # one step more, from where it stopped
     again = load_judges(weights)
     image = World(seed=7).batch(range(2)).image
     one, other = (j.network(image)["shape"] for j in (first, again))
@@ -166,7 +160,7 @@ def test_training_learns_resumes_and_exports(tmp_path, monkeypatch):
     state = torch.load(tmp_path / "runs" / "judges" / "state.pt", weights_only=True)
     assert state["seen"] == 192
     (tmp_path / "runs" / "judges" / "state.pt").unlink()
-    judges.main([*arguments, "--images", "64", "--further", "--learning-rate", "1e-9"])
+    training.main([*arguments, "--images", "64", "--further", "--learning-rate", "1e-9"])
     further = load_judges(weights).network
     pairs = zip(further.parameters(), again.network.parameters(), strict=True)
     assert all(torch.allclose(new, old, atol=1e-4) for new, old in pairs), "goes on from the exported weights"
@@ -185,7 +179,7 @@ def test_the_figure_is_found_on_cluttered_grounds(shipped):
 
 def test_the_loss_falls_on_one_batch():
     torch.manual_seed(0)
-    network = judges.JudgedLoss()
+    network = training.JudgedLoss()
     batch = World(seed=4).batch(range(32))
     data = batch.image, targets_of(batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)

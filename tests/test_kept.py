@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 
-from escd import kept, records, tuning
-from escd.customization import load_customization
-from escd.references import load_references
-from escd.tuning import TuningConfig
+from escd import records
+from escd.evaluation import kept
+from escd.evaluation.references import load_references
+from escd.method import step
+from escd.method.config import TuningConfig
+from escd.method.customization import load_customization
 
 SHORT = TuningConfig.of("shape", steps=3, batch_size=2, views=4)
 
@@ -42,7 +44,7 @@ def test_what_was_learnt_is_found_again_and_says_how_it_came_about(learn, tmp_pa
 
 
 def test_an_interrupt_reaches_the_caller_and_keeps_nothing(learn, tmp_path, monkeypatch):
-    steps, predicted = [], tuning.predicted
+    steps, predicted = [], step.predicted
 
     def interrupted(*given):
         steps.append(1)
@@ -50,7 +52,7 @@ def test_an_interrupt_reaches_the_caller_and_keeps_nothing(learn, tmp_path, monk
             raise KeyboardInterrupt
         return predicted(*given)
 
-    monkeypatch.setattr(tuning, "predicted", interrupted)
+    monkeypatch.setattr(step, "predicted", interrupted)
     with pytest.raises(KeyboardInterrupt):
         learn()
     assert not (tmp_path / "kept").exists()

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from escd import lists, measure, records, references
-from escd.references import BUNDLED, REAL_LISTS, TOO_ALIKE, category, load_references
+from escd import records
+from escd.evaluation import lists, measure, references
+from escd.evaluation.references import BUNDLED, REAL_LISTS, TOO_ALIKE, category, load_references
 
 LISTED = {which: load_references(which=which) for which in REAL_LISTS}
 

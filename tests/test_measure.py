@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from escd import measure
-from escd.references import compose_reference, load_references
-from escd.world import World
+from escd.data import foreground
+from escd.data.world import World
+from escd.evaluation import measure
+from escd.evaluation.references import compose_reference, load_references
 
 PLAIN = ("gray", "pink", "cyan", "beige", "plain", "gradient")
 
@@ -21,7 +22,7 @@ def iou(a, b):
 
 
 def test_masks_of_held_out_renders(pictures):
-    masks, failed = measure.foreground_mask(pictures.image)
+    masks, failed = foreground.foreground_mask(pictures.image)
     scores = iou(masks, pictures.mask[:, 0] > 0.5)
     plain = torch.tensor([family in PLAIN for family in pictures.background_family])
     print(f"mean IoU {scores[plain].mean():.3f} on plain backgrounds, {scores[~plain].mean():.3f} on clutter")
@@ -36,7 +37,7 @@ def test_masks_where_there_is_nothing_to_find():
     noise = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
     speck = plain.clone()
     speck[:, :, 30:33, 30:33] = -1
-    _, failed = measure.foreground_mask(torch.cat([plain, noise, speck]))
+    _, failed = foreground.foreground_mask(torch.cat([plain, noise, speck]))
     assert failed.tolist() == [True] * 3
 
 
@@ -46,7 +47,7 @@ def test_masks_keep_holes():
     far = torch.hypot(x - 31.5, y - 31.5)
     ring = (far < 24) & (far > 12)
     image[0, :, ring] = -0.6
-    mask, failed = measure.foreground_mask(image)
+    mask, failed = foreground.foreground_mask(image)
     assert iou(mask, ring[None])[0] > 0.98 and not failed[0]
 
 
@@ -56,7 +57,7 @@ def test_masks_on_a_strong_gradient_at_another_size():
     square = torch.zeros(96, 96, dtype=torch.bool)
     square[30:66, 30:66] = True
     image[0, 0, square], image[0, 1, square], image[0, 2, square] = 1.0, 1.0, -1.0
-    mask, failed = measure.foreground_mask(image)
+    mask, failed = foreground.foreground_mask(image)
     assert iou(mask, square[None])[0] > 0.95 and not failed[0]
 
 

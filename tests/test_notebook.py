@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from escd.images import open_image
+from escd.data.images import open_image
 from escd.notebook import in_one_line
 
 ROOT = Path(__file__).resolve().parents[1]

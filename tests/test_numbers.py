@@ -10,13 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from escd import numbers, records
-from escd.numbers import CostConfig
-from escd.pretrain import ablation
-from escd.pretrain.trials import TrialConfig
-from escd.references import load_references
-from escd.study import (
-    IMAGE_SETS,
+from escd import paths, records
+from escd.evaluation.autoencoder import IMAGE_SETS
+from escd.evaluation.configs import (
     AutoencoderConfig,
     CompositionConfig,
     JudgesConfig,
@@ -26,10 +22,15 @@ from escd.study import (
     configs,
     rank_configs,
 )
-from escd.tuning import TuningConfig
+from escd.evaluation.references import load_references
+from escd.method.config import TuningConfig
+from escd.paper import numbers, reproduce, results, tables
+from escd.paper.results import CostConfig
+from escd.pretrain import ablation
+from escd.pretrain.trials import TrialConfig
 
 BENCHMARKS = {
-    name: runpy.run_path(str(records.ROOT / "benchmarks" / f"{name}.py"))
+    name: runpy.run_path(str(paths.ROOT / "benchmarks" / f"{name}.py"))
     for name in ("sd15_size", "tuning_cost")
 }
 LISTED = dataclasses.replace(load_references(), references=load_references().references[:3])
@@ -83,8 +84,8 @@ def made_up(config) -> dict:
 def stored(tmp_path, monkeypatch):
     """Records of a study of three references, with made-up scores, and a study that knows their inputs."""
     stand_in = SimpleNamespace(references=lambda which: LISTED, inputs=lambda config: {"backbone mini": "aa"})
-    monkeypatch.setattr(numbers, "study", lambda: stand_in)
-    monkeypatch.setattr(numbers, "weights_of", lambda backbone: {"backbone mini": "aa"})
+    monkeypatch.setattr(results, "study", lambda: stand_in)
+    monkeypatch.setattr(results, "weights_of", lambda backbone: {"backbone mini": "aa"})
     monkeypatch.setattr(records, "FOLDER", tmp_path)
     for config in [*configs(LISTED), *numbers.backbone_configs()]:
         records.get(config, made_up, inputs=stand_in.inputs(config), device="cpu")
@@ -126,27 +127,27 @@ def took(step: float, gradients: float, peak: float) -> dict[str, float]:
 
 
 def test_a_step_is_held_to_one_of_the_whole_unet_in_the_same_round(stored):
-    assert numbers.step_costs() == {}, "no record, no ratio"
+    assert results.step_costs() == {}, "no record, no ratio"
     config = BENCHMARKS["tuning_cost"]["TuningCostConfig"]
-    whole, *others = numbers.STEPS_OF
+    whole, *others = results.STEPS_OF
     assert [whole, *others] == list(BENCHMARKS["tuning_cost"]["METHODS"])
     # The second round met a slow minute, and the third one in its other half.
     rounds = {whole: [took(4, 2, 10), took(8, 4, 10), took(4, 2, 10)]}
     rounds |= {name: [took(3, 1, 5), took(6, 2, 5), took(8, 2, 5)] for name in others}
     measured = {"rounds": rounds, "flops": {name: 10 if name == whole else 8 for name in rounds}}
     records.get(config(tuple(rounds), rounds=3), lambda _: measured, device="cpu")
-    row = numbers.step_costs()["shape"]
+    row = results.step_costs()["shape"]
     assert row == {"step": 0.75, "gradients": 0.5, "peak": 0.5, "flops": 0.8}
     values = numbers.numbers()
     assert values["step.kept.step"] == "0.75" and values["step.whole.step"] == "1.00"
     # what was measured last counts
     again = measured | {"flops": {name: 10 for name in rounds}}
     records.get(config(tuple(rounds), rounds=3), lambda _: again, device="cpu", again=True)
-    assert numbers.step_costs()["shape"]["flops"] == 1
+    assert results.step_costs()["shape"]["flops"] == 1
 
 
 def test_results_are_of_whole_references(stored):
-    found = numbers.results()
+    found = results.results()
     assert found.references == 3
     assert set(found.rows) == {"shape", "appearance", "composition"}
     assert found.rows["shape"]["encoder"].pictures == 12
@@ -155,30 +156,30 @@ def test_results_are_of_whole_references(stored):
     lines = path.read_text().splitlines(keepends=True)
     gone = next(line for line in lines if LISTED[0].id in line)
     path.write_text("".join(line for line in lines if line is not gone))
-    assert numbers.results().references == 2
-    assert all(record.config.get("reference") != LISTED[0].id for record in numbers.results().used)
+    assert results.results().references == 2
+    assert all(record.config.get("reference") != LISTED[0].id for record in results.results().used)
 
 
 def test_records_of_other_weights_do_not_count(stored, monkeypatch):
     stand_in = SimpleNamespace(references=lambda which: LISTED, inputs=lambda config: {"backbone mini": "bb"})
-    numbers._results.cache_clear()
-    monkeypatch.setattr(numbers, "study", lambda: stand_in)
+    results._results.cache_clear()
+    monkeypatch.setattr(results, "study", lambda: stand_in)
     with pytest.raises(KeyError, match="make study"):
-        numbers.results()
-    numbers._results.cache_clear()
+        results.results()
+    results._results.cache_clear()
 
 
 def test_the_table_has_every_arm_and_the_intervals(stored):
-    text = numbers.results_table()
-    for arm in numbers.ARMS.values():
+    text = tables.results_table()
+    for arm in tables.ARMS.values():
         assert len(re.findall(rf"^\| {re.escape(arm)} \|", text, re.M)) >= 2
-    row = numbers.results().rows["shape"]["encoder"]
+    row = results.results().rows["shape"]["encoder"]
     assert f"{100 * row.transfer['retrieval']:.0f} %" in text
     assert f"[{row.leakage.low:+.3f}, {row.leakage.high:+.3f}]".replace("-0.000", "+0.000") in text
 
 
 def test_what_is_left_at_a_rank(stored):
-    assert numbers.ranks() == ({}, []), "no record, no rank"
+    assert results.ranks() == ({}, []), "no record, no rank"
     kept = {1: 0.5, 2: 0.7, 4: 0.79} | dict.fromkeys((8, 16, 32, 64, None), 0.8)
     for config in rank_configs(LISTED):
         if config.reference == LISTED[2].id and config.rank == 4:
@@ -190,27 +191,27 @@ def test_what_is_left_at_a_rank(stored):
             return {"error": 1 - right, "megabytes": 2.0, **found}
 
         records.get(config, scores, inputs={"backbone mini": "aa"}, device="cpu")
-    found, used = numbers.ranks()
+    found, used = results.ranks()
     assert {attribute: len(rows) for attribute, rows in found.items()} == {"shape": 9, "appearance": 9}
     assert all(row.references == 2 for rows in found.values() for row in rows) and len(used) == 2 * 2 * 9
     full = next(row for row in found["shape"] if row.rank is None and not row.exportable)
     assert full.transfer == {"iou": pytest.approx(0.4), "retrieval": 0.5} and full.megabytes == 2.0
-    assert numbers.smallest_rank("shape", found["shape"]).rank == 4
-    assert numbers.smallest_rank("appearance", found["appearance"]).rank == 2
-    assert numbers.smallest_rank("shape", [row for row in found["shape"] if row.rank in (1, None)]) is None
+    assert results.smallest_rank("shape", found["shape"]).rank == 4
+    assert results.smallest_rank("appearance", found["appearance"]).rank == 2
+    assert results.smallest_rank("shape", [row for row in found["shape"] if row.rank in (1, None)]) is None
 
 
 def test_a_contrast_is_between_the_same_pictures(stored):
-    same = numbers.contrast("shape", "encoder", "encoder")
+    same = results.contrast("shape", "encoder", "encoder")
     assert (same["transfer"].mean, same["leakage"].low, same["leakage"].high) == (0, 0, 0)
-    rows = numbers.results().rows["appearance"]
-    found = numbers.contrast("appearance", "all", "encoder")
+    rows = results.results().rows["appearance"]
+    found = results.contrast("appearance", "all", "encoder")
     assert found["transfer"].mean == pytest.approx(
         rows["all"].transfer["retrieval"] - rows["encoder"].transfer["retrieval"]
     )
     assert found["leakage"].mean == pytest.approx(rows["all"].leakage.mean - rows["encoder"].leakage.mean)
-    shapes = numbers.results().rows["shape"]
-    beside = numbers.contrast("shape", "all", "encoder")
+    shapes = results.results().rows["shape"]
+    beside = results.contrast("shape", "all", "encoder")
     assert list(beside) == ["transfer", "IoU", "leakage"] and list(found) == ["transfer", "leakage"]
     assert beside["IoU"].mean == pytest.approx(
         shapes["all"].transfer["iou"] - shapes["encoder"].transfer["iou"]
@@ -219,32 +220,32 @@ def test_a_contrast_is_between_the_same_pictures(stored):
 
 
 def test_the_halves_at_equal_size(stored):
-    assert numbers.alike("shape") == {} and numbers.alike_table() == "", "not before they are run"
+    assert results.alike("shape") == {} and tables.alike_table() == "", "not before they are run"
     *most, last = alike_configs(LISTED)
     for config in most:
         records.get(config, made_up, inputs={"backbone mini": "aa"}, device="cpu")
-    assert numbers.alike("shape") == {}, "nor before all of them are"
+    assert results.alike("shape") == {}, "nor before all of them are"
     records.get(last, made_up, inputs={"backbone mini": "aa"}, device="cpu")
-    found = numbers.alike("appearance")
+    found = results.alike("appearance")
     assert list(found) == ["encoder", "decoder/attentions", "up.1", "decoder"] and not found["encoder"].beyond
     part, encoder = found["up.1"], found["encoder"]
     assert part.megabytes == pytest.approx(2) and part.row.pictures == encoder.row.pictures == 12
     assert part.beyond["transfer"].mean == pytest.approx(
         part.row.transfer["retrieval"] - encoder.row.transfer["retrieval"]
     )
-    assert numbers.results().references == 3 and "up.1" not in numbers.results().rows["shape"]
-    values, rows = numbers.numbers(), numbers.alike_table().splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in numbers.PLACES.values()]
-    shape = numbers.alike("shape")["decoder/attentions"]
+    assert results.results().references == 3 and "up.1" not in results.results().rows["shape"]
+    values, rows = numbers.numbers(), tables.alike_table().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in tables.PLACES.values()]
+    shape = results.alike("shape")["decoder/attentions"]
     assert values["shape.decoder_attentions.iou"] == f"{shape.row.transfer['iou']:.2f}" in rows[1]
     assert values["shape.decoder_attentions.iou.gain"] == f"{shape.beyond['IoU'].mean:+.2f}" in rows[1]
     assert values["appearance.up_1.mb"] == "2.0"
 
 
 def test_what_composition_gains_is_between_the_same_pictures(stored):
-    same, rows = numbers.composed("ours", "ours"), numbers.results().rows["composition"]
+    same, rows = results.composed("ours", "ours"), results.results().rows["composition"]
     assert (same.mean, same.low, same.high) == (0, 0, 0)
-    gain = numbers.composed()
+    gain = results.composed()
     assert gain.mean == pytest.approx(rows["ours"].transfer["both"] - rows["reversed"].transfer["both"])
     assert gain.low <= gain.mean <= gain.high
 
@@ -256,16 +257,16 @@ def test_experiments_are_told_apart_by_their_tuning(stored):
     runs = [base, *(dataclasses.replace(base, kind="customized", tuning=tuning) for tuning in tunings)]
     for config in runs:
         records.get(config, made_up, inputs={"backbone mini": "aa"}, device="cpu")
-    tried = numbers.experiments("shape")
+    tried = results.experiments("shape")
     assert [(tuning.steps, count) for tuning, count, _ in tried] == [(50, 1), (200, 1)]
     assert tried[0][2].transfer["iou"] == pytest.approx(np.mean(made_up(runs[1])["iou"]))
     other = StudyConfig(
         "shape", reference, "customized", TuningConfig.of("shape", steps=9), list="development"
     )
     records.get(other, made_up, inputs={"backbone mini": "other weights"}, device="cpu")
-    assert len(numbers.experiments("shape")) == 2
-    assert numbers.experiments("appearance") == []
-    assert numbers.results().references == 3  # and the paper's table is of the evaluation list alone
+    assert len(results.experiments("shape")) == 2
+    assert results.experiments("appearance") == []
+    assert results.results().references == 3  # and the paper's table is of the evaluation list alone
 
 
 def keys_in(paper: str) -> set[str]:
@@ -278,8 +279,8 @@ def keys_in(paper: str) -> set[str]:
 
 
 def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch):
-    monkeypatch.setattr(numbers, "training", lambda backbone="mini": {"unet": {"images": 200_000}})
-    ways = {name: [took(1, 1, 1)] for name in numbers.STEPS_OF}
+    monkeypatch.setattr(results, "training", lambda backbone="mini": {"unet": {"images": 200_000}})
+    ways = {name: [took(1, 1, 1)] for name in results.STEPS_OF}
     config = BENCHMARKS["tuning_cost"]["TuningCostConfig"](tuple(ways))
     records.get(config, lambda _: {"rounds": ways, "flops": dict.fromkeys(ways, 1)}, device="cpu")
     for one in alike_configs(LISTED):
@@ -289,7 +290,7 @@ def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch)
         scores = {"psnr": 25.04 + latents, "detail": latents / 100, "pca_psnr": 20.0, "pca_detail": 0.2}
         metrics = {"latents": latents} | dict.fromkeys(IMAGE_SETS, scores)
         records.get(TrialConfig("autoencoder", change, 9_000), lambda _, metrics=metrics: metrics)
-    used = keys_in((records.ROOT / "paper" / "main.tex").read_text())
+    used = keys_in((paths.ROOT / "paper" / "main.tex").read_text())
     assert len(used) > 50
     values = numbers.numbers()
     assert used <= values.keys(), sorted(used - values.keys())
@@ -302,7 +303,7 @@ def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch)
     assert values["backbone.judge_accuracy"] == "99.5" and values["backbone.judged_patterns"] == "52"
     assert values["obedience.colour"] == "90"
     assert values["tuning.shape.seconds"] == "31" and values["tuning.threads"] == "2"
-    row = numbers.results().rows["shape"]["encoder"]
+    row = results.results().rows["shape"]["encoder"]
     assert values["shape.encoder.iou"] == f"{row.transfer['iou']:.2f}"
     assert values["shape.encoder.leakage"][0] in "+-"
     assert not [
@@ -315,7 +316,7 @@ def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch)
     text = readme.read_text()
     assert text.startswith("# Before\n") and text.endswith("after\n") and "former numbers" not in text
     assert f"seen {values['backbone.images_seen']} rendered images" in text
-    assert f"| {numbers.ARMS['encoder']} | {values['shape.encoder.iou']} |" in text
+    assert f"| {tables.ARMS['encoder']} | {values['shape.encoder.iou']} |" in text
     numbers.write_numbers(readme, macros)
     assert readme.read_text() == text
     assert (
@@ -332,29 +333,29 @@ def test_which_records_are_run_again_follows_from_the_commit(stored, monkeypatch
     chosen = set()
     for commit in "abcdefgh":
         monkeypatch.setattr(records, "commit", lambda commit=commit: commit)
-        again = numbers.repeatable(found)
-        assert len(again) == 2 and again == numbers.repeatable(list(reversed(found)))
+        again = reproduce.repeatable(found)
+        assert len(again) == 2 and again == reproduce.repeatable(list(reversed(found)))
         chosen |= {record.key for record in again}
     assert len(chosen) > 4
     slow = [dataclasses.replace(record, seconds=61.0) for record in found]
     elsewhere = [dataclasses.replace(record, device="a GPU") for record in found]
     learnt = {"shape": {"seconds": 61.0, "kept": True}}
     earlier = [dataclasses.replace(record, learnt=learnt) for record in found]
-    assert numbers.repeatable(slow + elsewhere + earlier + records.all("composition")) == []
+    assert reproduce.repeatable(slow + elsewhere + earlier + records.all("composition")) == []
 
 
 def test_a_record_that_does_not_come_out_again_is_noticed(stored):
     found = records.all("study")
     record = next(r for r in found if r.config["kind"] == "customized" and r.config["attribute"] == "shape")
-    assert numbers.run_again([record], found, made_up) == []
+    assert reproduce.run_again([record], found, made_up) == []
     changed = {**record.metrics, "iou": [value + 1e-9 for value in record.metrics["iou"]]}
     on_this = dataclasses.replace(record, metrics=changed)
-    assert len(numbers.run_again([on_this], found, made_up)) == 1
+    assert len(reproduce.run_again([on_this], found, made_up)) == 1
     # on another machine a small difference is none, and a large one is
     on_another = dataclasses.replace(on_this, machine="another")
-    assert numbers.run_again([on_another], found, made_up) == []
+    assert reproduce.run_again([on_another], found, made_up) == []
     far = dataclasses.replace(on_another, metrics={**record.metrics, "iou": [5.0] * 4})
-    (line,) = numbers.run_again([far], found, made_up)
+    (line,) = reproduce.run_again([far], found, made_up)
     assert "iou" in line
     # one yes or no of a picture may turn there, where all others are right too, but not two
     fresh = {**record.metrics, "obeyed_background": [True] * 4}
@@ -362,13 +363,13 @@ def test_a_record_that_does_not_come_out_again_is_noticed(stored):
     for wrong in (1, 2):
         answers = [False] * wrong + [True] * (4 - wrong)
         turned = dataclasses.replace(on_another, metrics={**record.metrics, "obeyed_background": answers})
-        lines = numbers.run_again([turned], alike, lambda config: fresh)
+        lines = reproduce.run_again([turned], alike, lambda config: fresh)
         assert [line.split(": ")[1] for line in lines] == ["obeyed_background"] * (wrong - 1)
 
 
 def test_the_study_of_the_check_learns_anew(backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    study = numbers.FreshStudy(device="cpu")
+    study = reproduce.FreshStudy(device="cpu")
     study._backbones["mini"] = backbone
     tuning = TuningConfig.of("shape", steps=1)
     learnt = study.learn("shape", LISTED[0], tuning)

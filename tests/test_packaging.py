@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 import escd
 from escd import __main__ as command_line
-from escd import numbers
+from escd.paper import numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

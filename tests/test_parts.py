@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from escd import parts
+from escd.backbone import parts
 
 
 @pytest.fixture(scope="module")

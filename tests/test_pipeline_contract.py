@@ -39,8 +39,8 @@ from safetensors.torch import save_file
 from test_customization import assert_untouched, snapshot
 
 from escd import ESCDPipeline
-from escd.prompts import copy_of
-from escd.skeleton import own
+from escd.backbone.prompts import copy_of
+from escd.backbone.skeleton import own
 
 BOTH = "a *m shape with *a appearance on a gray background"
 PLAIN = "a red star on a blue circle"

@@ -23,10 +23,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from escd.backbone import NOISE_SPREAD, draw_noise_levels
+from escd.backbone.diffusion import NOISE_SPREAD, draw_noise_levels
+from escd.data.names import COLOURS, PATTERNS, SHAPES
+from escd.data.random import CounterRNG
+from escd.data.world import World
 from escd.files import together
-from escd.numbers import STAGES
-from escd.pretrain import loop, unet
+from escd.paper.results import STAGES
+from escd.pretrain import loop
+from escd.pretrain import unet as unet_module
 from escd.pretrain.__main__ import STAGES as TRAINED
 from escd.pretrain.__main__ import WEIGHTS, main
 from escd.pretrain.autoencoder import (
@@ -37,32 +41,29 @@ from escd.pretrain.autoencoder import (
     make_autoencoder,
     start_linear,
 )
+from escd.pretrain.diffusion_loss import NOISE_MEAN, denoising_error
 from escd.pretrain.loop import LoopConfig, psnr, train
-from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
-from escd.pretrain.unet import (
-    BEGUN,
+from escd.pretrain.networks import make_scheduler
+from escd.pretrain.pairs import (
     MATERIAL,
-    NOISE_MEAN,
     OUTLINE,
     PORTION,
+    PROBED,
     QUARTET,
     ROUGH,
     SAME_APPEARANCE,
     SAME_SHAPE,
     SHADES,
-    TOLD,
     Pictures,
-    UNetStage,
-    denoising_error,
-    make_scheduler,
     materials,
     outlines,
     pair_captions,
     quartets,
 )
+from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
+from escd.pretrain.unet import BEGUN, UNetStage
 from escd.pretrain.vocabulary import WORDS, learn_merges, make_tokenizer
 from escd.pretrain.words import GROUNDS, WordLoss, draw_captions
-from escd.world import COLOURS, PATTERNS, SHAPES, Draws, World
 
 
 def test_every_word_of_the_world_is_one_token(tmp_path):
@@ -114,8 +115,8 @@ def test_token_ids_do_not_depend_on_chance():
 
 
 def test_drawn_captions_say_what_they_are_labelled_with():
-    captions, said = draw_captions(Draws(3, torch.arange(300)))
-    again, _ = draw_captions(Draws(3, torch.arange(100, 300)))
+    captions, said = draw_captions(CounterRNG(3, torch.arange(300)))
+    again, _ = draw_captions(CounterRNG(3, torch.arange(100, 300)))
     assert captions[100:] == again, "a caption depends on its number alone"
     assert 0.7 < said["full"].float().mean() < 0.9
     for k in said["full"].nonzero()[:, 0].tolist():
@@ -134,7 +135,7 @@ def test_the_stages_of_pretraining_learn_all_they_count():
     # a parameter that gets no gradient would stop a distributed training
     torch.manual_seed(0)
     words = WordLoss(len(make_tokenizer()))
-    captions, said = draw_captions(Draws(0, torch.arange(16)))
+    captions, said = draw_captions(CounterRNG(0, torch.arange(16)))
     tokens = make_tokenizer()(captions, padding="max_length", return_tensors="pt").input_ids
     towers = TowerLoss()
     pictures = {"images": torch.rand(8, 3, 64, 64), "text": torch.randn(4, WIDTH), "same": torch.eye(4)}
@@ -213,7 +214,7 @@ def test_a_step_shows_a_filter_what_the_picture_shares_and_nothing_of_the_pictur
         assert torch.equal(read, unet_stage.features[torch.tensor(of) ^ turned].float())
         assert not torch.equal(read, unet_stage.features[torch.tensor(of)].float())
     # What is told is the reference's own outline and material.
-    assert step.told_from.shape[0] == TOLD and step.outline.shape == (TOLD, OUTLINE**2)
+    assert step.told_from.shape[0] == PROBED and step.outline.shape == (PROBED, OUTLINE**2)
     row = int((unet_stage.features.float() == step.told_from[0]).all(1).nonzero()[0])
     assert torch.equal(unet_stage.outlines[row], step.outline[0])
     assert torch.equal(unet_stage.materials[row], step.material[0])
@@ -551,17 +552,17 @@ def test_a_state_of_an_older_layout_or_of_more_processes_says_so(tmp_path, monke
 def emptied(stage: UNetStage) -> UNetStage:
     """The same stage with a ring of its own, in which no picture is yet."""
     stage = copy.copy(stage)
-    for name in unet.RINGS:
-        setattr(stage, name, torch.zeros(unet.BANK, *getattr(stage, name).shape[1:]))
-    stage.features, stage.captions = torch.empty(0), [()] * unet.BANK
+    for name in unet_module.RINGS:
+        setattr(stage, name, torch.zeros(unet_module.BANK, *getattr(stage, name).shape[1:]))
+    stage.features, stage.captions = torch.empty(0), [()] * unet_module.BANK
     stage.generator = torch.Generator().manual_seed(13)
     stage.painted = stage.steps = 0
     return stage
 
 
 def test_the_bank_of_pictures_is_part_of_the_state(unet_stage, tmp_path, monkeypatch):
-    monkeypatch.setattr(unet, "BANK", 64)
-    monkeypatch.setattr(unet, "BEGUN", 32)
+    monkeypatch.setattr(unet_module, "BANK", 64)
+    monkeypatch.setattr(unet_module, "BEGUN", 32)
 
     def steps(stage: UNetStage, numbers: range) -> list[dict]:
         return [vars(stage.batch(first, 16)) for first in numbers]

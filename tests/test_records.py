@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from escd import draw, records, study
-from escd.curve import CurveConfig
+from escd import records
+from escd.evaluation import configs
+from escd.evaluation.curve import CurveConfig
+from escd.paper import sheets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +221,13 @@ def test_a_record_says_when_it_was_made_and_what_was_learnt(tmp_path):
 
 def test_every_stored_record_has_the_key_of_its_config():
     """The manifest's keys are looked up in these files."""
-    kinds = [study.StudyConfig, study.CompositionConfig, study.RankConfig, draw.SheetConfig, CurveConfig]
+    kinds = [
+        configs.StudyConfig,
+        configs.CompositionConfig,
+        configs.RankConfig,
+        sheets.SheetConfig,
+        CurveConfig,
+    ]
     for kind in kinds:
         found = records.all(kind)
         assert found and [r.key for r in found] == [r.key for r in records.all(records.kind_of(kind))]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from escd import measure, references
-from escd.references import LISTS, REAL_LISTS, compose_reference, load_references
+from escd.data import foreground
+from escd.evaluation import measure, references
+from escd.evaluation.references import LISTS, REAL_LISTS, compose_reference, load_references
 
 
 @pytest.mark.parametrize("which", (*LISTS, *REAL_LISTS))
@@ -26,7 +27,7 @@ def test_a_bundled_list(which):
     )
     for reference in listed:
         assert reference.image.shape == (3, 64, 64) and reference.image.abs().max() <= 1
-        mask, failed = measure.foreground_mask(reference.image[None])
+        mask, failed = foreground.foreground_mask(reference.image[None])
         true = reference.mask
         assert not failed[0] and (mask[0] & true).sum() / (mask[0] | true).sum() > 0.9, reference.id
         assert listed[reference.id] is reference

@@ -14,9 +14,9 @@ from PIL import Image
 
 import escd
 from escd import sliders
-from escd.customization import Customization
-from escd.parts import parameters_of
-from escd.pipeline import ESCDPipeline
+from escd.backbone.parts import parameters_of
+from escd.method.customization import Customization
+from escd.method.pipeline import ESCDPipeline
 from escd.sliders import STALE, remarks, render, unknown_words
 
 PROMPT = "a *m shape with *a appearance on a gray background"

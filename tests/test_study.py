@@ -6,21 +6,24 @@ import numpy as np
 import pytest
 import torch
 
-from escd import judges, records, study, texture, tuning
-from escd.backbone import load_backbone
-from escd.judges import Judge, Judges
-from escd.parts import parameters_of
-from escd.references import load_references
-from escd.study import (
+from escd import frozen, records
+from escd.backbone.parts import parameters_of
+from escd.data.names import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
+from escd.evaluation import autoencoder, configs, judges, prompts, study, tables, texture
+from escd.evaluation import scores as scores_module
+from escd.evaluation.configs import (
     AutoencoderConfig,
     CompositionConfig,
     ObedienceConfig,
     RankConfig,
     StudyConfig,
-    prompts_for,
 )
-from escd.tuning import TuningConfig
-from escd.world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
+from escd.evaluation.judges import Judge, Judges
+from escd.evaluation.prompts import prompts_for
+from escd.evaluation.references import load_references
+from escd.loading import load_backbone
+from escd.method import step
+from escd.method.config import TuningConfig
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +56,15 @@ def test_prompts_ask_for_something_else(listed):
             look = f"{one.pattern} {' and '.join(one.colours)}"
             assert one.text == f"a *m shape with {look} appearance on a {one.background} background"
             assert one.pattern in PATTERNS
-            assert set(one.colours) <= set(study.other_colours(reference.material.tile))
+            assert set(one.colours) <= set(prompts.other_colours(reference.material.tile))
             assert len(one.colours) == len(set(one.colours)) == (1 if one.pattern == "solid" else 2)
             assert one.background in BACKGROUNDS and one.background != reference.background
         asked = prompts_for(reference, "appearance")
         assert len({one.shape for one in asked}) == 4
         for one in asked:
-            assert one.shape in study.other_shapes(reference.mask) and one.background != reference.background
+            assert (
+                one.shape in prompts.other_shapes(reference.mask) and one.background != reference.background
+            )
             assert "*a" in one.text and "*m" not in one.text
         assert prompts_for(reference, "shape") == prompts_for(reference, "shape")
     assert prompts_for(listed[0], "shape") != prompts_for(listed[1], "shape")
@@ -69,21 +74,21 @@ def test_prompts_ask_for_something_else(listed):
 
 def test_prompts_of_a_pair_avoid_both_backgrounds(listed):
     for first, second in zip(listed, [*listed][1:], strict=False):
-        for one in study.prompts_for_pair(first, second):
+        for one in prompts.prompts_for_pair(first, second):
             assert one.background not in (first.background, second.background)
             assert one.shape is one.pattern is one.colours is None
 
 
 def test_other_colours_and_shapes():
     red = torch.tensor([0.86, 0.1, 0.1])[:, None, None].expand(3, 64, 64)
-    assert set(COLOURS) - set(study.other_colours(red)) == {"red"}
+    assert set(COLOURS) - set(prompts.other_colours(red)) == {"red"}
     star = study.named_outlines()[3 * SHAPES.index("star")]
-    assert "star" not in study.other_shapes(star) and "ring" in study.other_shapes(star)
+    assert "star" not in prompts.other_shapes(star) and "ring" in prompts.other_shapes(star)
 
 
 def test_named_prompts_cover_everything_evenly():
-    asked = study.named_prompts(512, seed=0)
-    assert asked == study.named_prompts(512, seed=0) != study.named_prompts(512, seed=1)
+    asked = prompts.named_prompts(512, seed=0)
+    assert asked == prompts.named_prompts(512, seed=0) != prompts.named_prompts(512, seed=1)
     for names, attribute in ((SHAPES, "shape"), (PATTERNS, "pattern"), (BACKGROUNDS, "background")):
         counts = [sum(getattr(one, attribute) == name for one in asked) for name in names]
         assert min(counts) > 0.5 * len(asked) / len(names)
@@ -101,8 +106,10 @@ def test_right_answers_score_as_right(listed, backbone, monkeypatch):
     for reference in listed.references[:4]:
         for mode in found:
             asked = prompts_for(reference, mode)
-            images = study.right_answers(asked, reference, reference, backbone)
-            scores = study.score_images(images, asked, reference, reference, listed, judges.load_judges())
+            images = scores_module.right_answers(asked, reference, reference, backbone)
+            scores = scores_module.score_images(
+                images, asked, reference, reference, listed, judges.load_judges()
+            )
             assert not any(scores["failed"])
             found[mode].append(scores)
     shape = {name: np.mean([s[name] for s in found["shape"]]) for name in found["shape"][0]}
@@ -117,8 +124,8 @@ def test_right_answers_score_as_right(listed, backbone, monkeypatch):
 
 def test_a_picture_without_foreground_has_no_scores(listed):
     plain = torch.full((1, 3, 64, 64), 0.1)
-    one = study.Asked("", "gray", shape="star")
-    scores = study.score_images(plain, [one], listed[0], listed[0], listed, judges.load_judges())
+    one = prompts.Asked("", "gray", shape="star")
+    scores = scores_module.score_images(plain, [one], listed[0], listed[0], listed, judges.load_judges())
     assert scores["failed"] == [True] and scores["iou"] == [None] and scores["material"] == [None]
     assert scores["obeyed_shape"] == [False]
 
@@ -127,7 +134,7 @@ def test_runs_are_scored_stored_and_repeat(made, listed, tmp_path):
     tuning = TuningConfig.of("shape", "encoder", steps=2, views=4)
     config = StudyConfig("shape", listed[0].id, "customized", tuning, **SHORT)
     record = made.run(config, tmp_path)
-    assert len(record.metrics["failed"]) == study.PROMPTS and record.metrics["megabytes"] > 0
+    assert len(record.metrics["failed"]) == prompts.PROMPTS and record.metrics["megabytes"] > 0
     assert {"obeyed_pattern", "obeyed_colours", "obeyed_background"} <= record.metrics.keys()
     assert made.run(config, tmp_path) == record  # stored
     assert made.score(config) == record.metrics  # from the kept customization, to the bit
@@ -138,7 +145,7 @@ def test_runs_are_scored_stored_and_repeat(made, listed, tmp_path):
 
 
 def test_an_interrupted_arm_leaves_no_record_and_nothing_kept(made, listed, tmp_path, monkeypatch):
-    steps, predicted = [], tuning.predicted
+    steps, predicted = [], step.predicted
 
     def interrupted(*given):
         steps.append(1)
@@ -146,7 +153,7 @@ def test_an_interrupted_arm_leaves_no_record_and_nothing_kept(made, listed, tmp_
             raise KeyboardInterrupt
         return predicted(*given)
 
-    monkeypatch.setattr(tuning, "predicted", interrupted)
+    monkeypatch.setattr(step, "predicted", interrupted)
     config = TuningConfig.of("shape", "encoder", steps=3, views=4)
     config = StudyConfig("shape", listed[0].id, "customized", config, **SHORT)
     with pytest.raises(KeyboardInterrupt):
@@ -181,9 +188,9 @@ def test_other_filters_are_other_inputs(made, listed, backbone):
 def test_the_floor_is_the_untouched_backbone(made, listed, backbone):
     config = StudyConfig("shape", listed[0].id, "floor", **SHORT)
     texts = [one.text.replace("*m", "shape") for one in prompts_for(listed[0], "shape")]
-    pipe = study._quiet(study.ESCDPipeline(backbone))
-    images = study.generate(pipe, texts, 0, 2, 4.0)
-    expected = study.score_images(
+    pipe = scores_module.quiet(study.ESCDPipeline(backbone))
+    images = scores_module.generate(pipe, texts, 0, 2, 4.0)
+    expected = scores_module.score_images(
         images, prompts_for(listed[0], "shape"), listed[0], listed[0], listed, made.judges()
     )
     scores = made.score(config)
@@ -197,7 +204,7 @@ def test_compositions_and_other_kinds(made, listed):
     )
     assert pair.arm == "word"
     scores = made.score(pair)
-    assert len(scores["prompts"]) == study.PROMPTS and "obeyed_background" in scores
+    assert len(scores["prompts"]) == prompts.PROMPTS and "obeyed_background" in scores
     assert "obeyed_shape" not in scores
     ceiling = made.score(StudyConfig("appearance", listed[0].id, "ceiling", **SHORT))
     assert "obeyed_shape" in ceiling
@@ -220,23 +227,23 @@ def test_ranks_are_scored_like_the_study(made, listed, tmp_path, monkeypatch):
     assert whole["iou"] == studied["iou"] and whole["megabytes"] == studied["megabytes"]
     assert whole["error"] == 0 < travels["error"] and one["error"] > 0
     assert one["megabytes"] < whole["megabytes"]
-    grid = study.rank_configs(dataclasses.replace(listed, references=listed.references[:2]))
-    assert len(grid) == len(set(grid)) == 2 * 2 * (len(study.RANKS) + 2)
+    grid = configs.rank_configs(dataclasses.replace(listed, references=listed.references[:2]))
+    assert len(grid) == len(set(grid)) == 2 * 2 * (len(configs.RANKS) + 2)
     assert {config.tuning for config in grid} == {TuningConfig.of("shape"), TuningConfig.of("appearance")}
 
 
 def test_parts_alike_in_size(listed):
     unet = load_backbone("mini").unet
     whole, *others = (
-        sum(p.numel() for p in parameters_of(unet, part).values()) for part in ("encoder", *study.ALIKE)
+        sum(p.numel() for p in parameters_of(unet, part).values()) for part in ("encoder", *configs.ALIKE)
     )
     assert all(0.9 < other / whole < 1.1 for other in others)
-    for part in study.ALIKE:
+    for part in configs.ALIKE:
         assert set(parameters_of(unet, part)) <= set(parameters_of(unet, "decoder"))
     two = dataclasses.replace(listed, references=listed.references[:2])
-    grid = study.alike_configs(two)
-    assert len(set(grid)) == len(grid) == 2 * 2 * len(study.ALIKE)
-    assert {config.arm for config in grid} == set(study.ALIKE)
+    grid = configs.alike_configs(two)
+    assert len(set(grid)) == len(grid) == 2 * 2 * len(configs.ALIKE)
+    assert {config.arm for config in grid} == set(configs.ALIKE)
     # The rates are the half's own.
     assert {c.tuning.learning_rate for c in grid if c.attribute == "shape"} == {
         TuningConfig.of("shape", "decoder").learning_rate
@@ -268,7 +275,7 @@ def test_the_controls_of_a_real_list(made):
 def test_the_grid_of_a_real_list_has_the_controls_and_the_recipe_of_the_source():
     real = load_references(which="real-development")
     one = dataclasses.replace(real, references=real.references[:1])
-    grid = study.configs(one)
+    grid = configs.configs(one)
     arms = {
         mode: {c.arm for c in grid if isinstance(c, StudyConfig) and c.attribute == mode}
         for mode in ("shape", "appearance")
@@ -284,7 +291,7 @@ def test_the_grid_of_a_real_list_has_the_controls_and_the_recipe_of_the_source()
 
 def test_the_grid(listed):
     two = dataclasses.replace(listed, references=listed.references[:2])
-    grid = study.configs(two)
+    grid = configs.configs(two)
     assert len({records.key_of(config) for config in grid}) == len(grid) == 2 * 2 * 6 + 2 * 4
     assert {c.arm for c in grid if isinstance(c, StudyConfig)} == {
         "floor", "word", "encoder", "decoder", "all", "ceiling"
@@ -300,7 +307,7 @@ def test_the_grid(listed):
 
 def as_record(config, metrics):
     return records.Record(
-        kind=records.kind_of(config), key=records.key_of(config), config=records.as_json(config),
+        kind=records.kind_of(config), key=records.key_of(config), config=frozen.as_json(config),
         seed=config.seed, metrics=metrics, inputs={}, seconds=1.0, device="cpu", machine="",
         instruction_set="", threads=1, versions={}, commit=None,
     )  # fmt: skip
@@ -318,10 +325,10 @@ def scores(failed=(False, False), **changes):
 
 
 def test_workers_share_what_is_to_be_learnt(listed):
-    grid = [*study.backbone_configs(), *study.configs(listed), *study.rank_configs(listed)]
-    assert study.share(grid, 0, 1) == grid
-    grid += study.alike_configs(listed)
-    shares = [study.share(grid, worker, 2) for worker in (0, 1)]
+    grid = [*configs.backbone_configs(), *configs.configs(listed), *configs.rank_configs(listed)]
+    assert configs.share(grid, 0, 1) == grid
+    grid += configs.alike_configs(listed)
+    shares = [configs.share(grid, worker, 2) for worker in (0, 1)]
     assert sorted(map(records.key_of, [*shares[0], *shares[1]])) == sorted(map(records.key_of, grid))
     learnt = [
         {(c.reference, c.tuning) for c in mine if isinstance(c, StudyConfig) and c.tuning} for mine in shares
@@ -338,7 +345,7 @@ def test_a_failed_mask_is_a_miss_and_a_leak():
     tuning = TuningConfig.of("shape", "encoder")
     floor = StudyConfig("shape", "a/b", "floor")
     tuned = dataclasses.replace(floor, kind="customized", tuning=tuning)
-    rows = study.table([
+    rows = tables.table([
         as_record(floor, scores(texture_similarity=0.2, iou=0.5)),
         as_record(tuned, scores(failed=(False, True), texture_similarity=0.3)),
     ])["shape"]  # fmt: skip
@@ -346,7 +353,7 @@ def test_a_failed_mask_is_a_miss_and_a_leak():
     assert rows["encoder"].leakage.mean == pytest.approx(((0.3 - 0.2) + (1.0 - 0.2)) / 2)
     assert rows["encoder"].leaked == 0.5 and rows["encoder"].failed == 0.5
     assert rows["floor"].leakage is None and rows["floor"].leaked == 0.0
-    assert "shape" in study.show({"shape": rows})
+    assert "shape" in tables.show({"shape": rows})
 
 
 def test_leakage_of_shape_in_appearance_mode_and_a_missing_floor():
@@ -354,18 +361,18 @@ def test_leakage_of_shape_in_appearance_mode_and_a_missing_floor():
     floor = StudyConfig("appearance", "a/b", "floor")
     tuned = dataclasses.replace(floor, kind="customized", tuning=tuning)
     records_of = [as_record(floor, scores(iou=0.5)), as_record(tuned, scores(iou=0.7))]
-    row = study.table(records_of)["appearance"]["decoder"]
+    row = tables.table(records_of)["appearance"]["decoder"]
     wanted = {"retrieval": 1.0, "texture": 0.0, "distance": 8.0}
     assert row.leakage.mean == pytest.approx(0.2) and row.transfer == wanted
     with pytest.raises(KeyError, match="no floor"):
-        study.table(records_of[1:])
+        tables.table(records_of[1:])
 
 
 def test_a_composition_counts_where_both_are_right():
     tunings = TuningConfig.of("shape", "encoder"), TuningConfig.of("appearance", "decoder")
     config = CompositionConfig("a/b", "c/d", "customized", *tunings)
     metrics = scores() | {"silhouette": [True, False], "material": [True, True]}
-    row = study.table([as_record(config, metrics)])["composition"]["ours"]
+    row = tables.table([as_record(config, metrics)])["composition"]["ours"]
     assert row.transfer["both"] == row.transfer["silhouette"] == 0.5 and row.transfer["material"] == 1.0
     assert row.leakage is None
 
@@ -376,22 +383,22 @@ def test_a_composition_counts_where_both_are_right():
 def test_the_linear_code_is_the_best_of_its_rate():
     torch.manual_seed(0)
     smooth = torch.nn.functional.interpolate(torch.rand(12, 3, 8, 8), (64, 64), mode="bicubic") * 2 - 1
-    made = study.linear_code(smooth[:4], smooth[4:], 16)
+    made = autoencoder.linear_code(smooth[:4], smooth[4:], 16)
     assert made.shape == (4, 3, 64, 64)
     assert (made - smooth[:4]).square().mean() < 0.02 * smooth.var()
     noise = torch.rand(4, 3, 64, 64) * 2 - 1
     # 16 of 192 numbers hold a twelfth of white noise
-    kept = 1 - (study.linear_code(noise, noise, 16) - noise).square().mean() / noise.square().mean()
+    kept = 1 - (autoencoder.linear_code(noise, noise, 16) - noise).square().mean() / noise.square().mean()
     assert 1 / 12 < kept < 0.25
 
 
 def test_autoencoder_scores_and_sets(made):
-    sets = study.image_sets()
+    sets = autoencoder.image_sets()
     assert set(sets) == {"world", "photographs", "tiles"}
     for images, others in sets.values():
         assert images.shape[1:] == others.shape[1:] == (3, 64, 64) and images.abs().max() <= 1
     images, others = sets["tiles"]
-    result = study.autoencoder_scores(made.backbone("tiny").vae, images[:8], others)
+    result = autoencoder.autoencoder_scores(made.backbone("tiny").vae, images[:8], others)
     assert result["psnr"] < result["pca_psnr"] and 0 < result["pca_detail"] < 1
     assert AutoencoderConfig("tiles") != AutoencoderConfig("world")
 
@@ -399,7 +406,7 @@ def test_autoencoder_scores_and_sets(made):
 def test_fine_energy_is_that_of_fine_detail():
     x = torch.arange(64).float()
     fine, coarse = (torch.cos(2 * np.pi * f * x).expand(1, 3, 64, 64) for f in (24 / 64, 4 / 64))
-    assert study._fine_energy(fine)[0] > 1e6 * study._fine_energy(coarse)[0]
+    assert autoencoder._fine_energy(fine)[0] > 1e6 * autoencoder._fine_energy(coarse)[0]
 
 
 @pytest.mark.parametrize("given", [["--twenty", "2"], ["--twenty", "0", "--folder", "somewhere"]])

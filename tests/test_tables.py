@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 from test_study import as_record
 
-from escd import tables
-from escd.references import load_references
-from escd.study import CompositionConfig, StudyConfig
-from escd.tuning import TuningConfig
+from escd.evaluation import real_tables as tables
+from escd.evaluation.configs import CompositionConfig, StudyConfig
+from escd.evaluation.references import load_references
+from escd.method.config import TuningConfig
 
 LIST = "real-development"
 LISTED = load_references(which=LIST)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from escd import measure, study, texture
-from escd.references import REAL_LISTS, compose_reference, load_references
+from escd.data import foreground
+from escd.evaluation import measure, prompts, scores, texture
+from escd.evaluation.references import REAL_LISTS, compose_reference, load_references
 
 EVERYWHERE = np.ones((64, 64), bool)
 
@@ -79,16 +80,16 @@ def test_the_list_can_tell(which):
     listed = load_references(which=which)
     found = {"lossless": [], "flat": [], "silhouette": []}
     for number, reference in enumerate(listed):
-        asked = study.prompts_for(reference, "appearance")
+        asked = prompts.prompts_for(reference, "appearance")
         for kind in ("lossless", "flat"):
-            images = study.painted_answers(asked, reference, reference, flat=kind == "flat")
-            for image, mask, failed in zip(images, *measure.foreground_mask(images), strict=True):
+            images = scores.painted_answers(asked, reference, reference, flat=kind == "flat")
+            for image, mask, failed in zip(images, *foreground.foreground_mask(images), strict=True):
                 # What fails counts as a miss, here as in the tables.
                 score = {"texture_first": False, "texture_rank": 19}
                 score = score if failed else listed.looks.score(image, mask, number)
                 found[kind].append((score["texture_first"], score["texture_rank"]))
-        asked = study.prompts_for(reference, "shape")
-        masks, failed = measure.foreground_mask(study.painted_answers(asked, reference, reference))
+        asked = prompts.prompts_for(reference, "shape")
+        masks, failed = foreground.foreground_mask(scores.painted_answers(asked, reference, reference))
         nearest = measure.iou_matrix(masks.float(), listed.silhouette_masks.float(), refined=()).argmax(1)
         found["silhouette"] += ((nearest == number) & ~failed).float()[:, None].tolist()
     means = {kind: np.mean(values, 0) for kind, values in found.items()}
@@ -102,7 +103,7 @@ def test_a_copy_of_the_reference_has_its_texture(which):
     """What full leakage scores, also where the mask takes in a little background."""
     listed = load_references(which=which)
     images = torch.stack([reference.image for reference in listed])
-    masks, failed = measure.foreground_mask(images)
+    masks, failed = foreground.foreground_mask(images)
     found = [
         listed.looks.score(image, mask, number)
         for number, (image, mask) in enumerate(zip(images, masks, strict=True))

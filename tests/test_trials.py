@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from escd import records
+from escd.data.world import World
+from escd.evaluation.autoencoder import IMAGE_SETS, autoencoder_scores
 from escd.pretrain import loop, trials
 from escd.pretrain.autoencoder import AutoencoderLoss, AutoencoderStage
 from escd.pretrain.trials import CHANGES, TrialConfig, loop_of, main
 from escd.pretrain.unet import UNetStage
-from escd.study import IMAGE_SETS, autoencoder_scores
-from escd.world import World
 
 CPU = torch.device("cpu")
 

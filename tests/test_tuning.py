@@ -18,29 +18,22 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import escd
-from escd import tuning
-from escd.artefacts import export
-from escd.backbone import Backbone, draw_noise_levels, loss_weight, target_of
-from escd.customization import LowRank
-from escd.fusion import REACH, AttributeFilter, pseudo_word
-from escd.parts import names_of, parameters_of
-from escd.tuning import (
-    NO_PART,
-    PROMPTS,
-    Draws,
-    TuningConfig,
-    _Change,
-    _optimizers,
-    fast_arithmetic,
-    predicted,
-    read_ahead,
-    recoloured,
-    reshaped,
-    runs_in,
-    views_of,
-    working_copy,
-)
-from escd.world import BACKGROUND_RGB, COLOURS, PATTERNS, SHAPES
+import escd.method.customization
+from escd.backbone.diffusion import draw_noise_levels, loss_weight, target_of
+from escd.backbone.parts import NO_PART, names_of, parameters_of
+from escd.data.names import BACKGROUND_RGB, COLOURS, PATTERNS, SHAPES
+from escd.loading import read_backbone
+from escd.method import config as config_module
+from escd.method import step as step_module
+from escd.method import tuning
+from escd.method import views as views_module
+from escd.method.config import TuningConfig
+from escd.method.delta import Change, LowRank
+from escd.method.export import export
+from escd.method.fusion import REACH, AttributeFilter, pseudo_word
+from escd.method.optimizers import optimizers_for
+from escd.method.step import NoisedViews, autocast_dtype, fast_arithmetic, predicted, read_ahead, working_copy
+from escd.method.views import PROMPTS, recoloured, reshaped, views_of
 
 
 @pytest.fixture()
@@ -149,10 +142,12 @@ def test_an_attributes_half_is_its_recipe_and_where_there_is_none_it_is_asked_fo
 def test_an_attributes_own_recipe_decides_how_it_is_learnt(backbone, picture):
     for recipe in ("shape", "appearance"):
         config = TuningConfig.of(own("up.0", recipe))
-        assert config.recipe == recipe and config.steps == tuning.STEPS[recipe]
-        assert config.learning_rate == tuning.RATES["muon"][recipe]["decoder"]
+        assert config.recipe == recipe and config.steps == config_module.STEPS[recipe]
+        assert config.learning_rate == config_module.RATES["muon"][recipe]["decoder"]
     said = TuningConfig.of(own("all"), recipe="shape")
-    assert said.recipe == "shape" and said.steps == tuning.STEPS["shape"], "and all that follows from it"
+    assert said.recipe == "shape" and said.steps == config_module.STEPS["shape"], (
+        "and all that follows from it"
+    )
     with pytest.raises(ValueError, match="recipe is 'shape' or 'appearance'"):
         own("encoder", "outline")
     with pytest.raises(ValueError, match="recipe"):
@@ -176,7 +171,7 @@ def test_a_files_recipe_is_its_attributes(backbone, picture, tmp_path):
         "config": learnt.config,
         "losses": [],
     }
-    metadata = {"format": escd.customization.FORMAT, "about": json.dumps(about)}
+    metadata = {"format": escd.method.customization.FORMAT, "about": json.dumps(about)}
     save_file(plain, tmp_path / "old.safetensors", metadata=metadata)
     assert escd.load_customization(tmp_path / "old.safetensors", backbone).attribute == own("all", "shape")
     kept = replace(learnt, attribute=own("all", "appearance")).save(tmp_path / "new.safetensors")
@@ -184,7 +179,7 @@ def test_a_files_recipe_is_its_attributes(backbone, picture, tmp_path):
 
 
 def test_a_part_learns_at_the_rate_of_the_half_its_parameters_are_in(backbone):
-    rates = tuning.RATES["muon"]["shape"]
+    rates = config_module.RATES["muon"]["shape"]
     for given in (None, backbone):
         for half, parts in {
             "encoder": ("encoder", "down.0+down.1/attn2"),
@@ -206,10 +201,10 @@ def test_none_can_be_said_where_it_is_a_value(backbone, picture):
     assert TuningConfig.of("shape").noise_level is not None
     config = quick("shape", noise_level=None, bias_learning_rate=None, rank=None)
     assert config.noise_level is None and config.bias_learning_rate is None and config.rank is None
-    assert config.optimizer == tuning.OPTIMIZER, "no rank is no wish for AdamW"
+    assert config.optimizer == config_module.OPTIMIZER, "no rank is no wish for AdamW"
     kept = quick("shape", learning_rate=None, batch_size=None)
     assert kept.learning_rate == TuningConfig.of("shape").learning_rate
-    assert kept.batch_size == tuning.BATCH_SIZES["shape"]
+    assert kept.batch_size == config_module.BATCH_SIZES["shape"]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +223,7 @@ def test_a_number_beside_a_configuration_must_agree_with_it(backbone, picture, s
 
 def test_a_large_backbone_has_a_recipe_of_its_own(backbone, monkeypatch):
     assert TuningConfig.of("shape", backbone=backbone) == TuningConfig.of("shape")
-    monkeypatch.setattr("escd.backbone.LARGE", 1)
+    monkeypatch.setattr("escd.backbone.model.LARGE", 1)
     config = TuningConfig.of("shape", backbone=backbone)
     assert config.optimizer == "adamw" and config.learning_rate < TuningConfig.of("shape").learning_rate / 10
     assert config.bias_learning_rate is None and config.batch_size == 1
@@ -258,7 +253,7 @@ def test_either_optimizer_changes_every_parameter_of_the_part(backbone, picture)
     assert learnt["muon"].delta[kernel].shape == backbone.unet.get_parameter(kernel).shape
 
 
-@pytest.mark.parametrize("kind", tuning.OPTIMIZERS)
+@pytest.mark.parametrize("kind", config_module.OPTIMIZERS)
 def test_biases_and_norms_have_a_rate_of_their_own(backbone, picture, kind):
     if kind == "adamw8bit":
         pytest.importorskip("bitsandbytes")
@@ -316,7 +311,7 @@ def test_the_working_copy_is_the_same_function_and_leaves_the_unet_alone(backbon
     # what learns is the UNet's own, the rest is rounded once
     assert all(p is dict(unet.named_parameters())[n] for n, p in network.named_parameters() if n in trained)
     rest = {p.dtype for n, p in network.named_parameters() if n not in trained}
-    assert rest == {runs_in(unet.device) or unet.dtype}
+    assert rest == {autocast_dtype(unet.device) or unet.dtype}
 
 
 def test_a_backbones_own_attention_processors_stay(backbone):
@@ -379,8 +374,8 @@ def test_adamw_in_eight_bits_learns_with_smaller_averages(backbone, picture):
     config = quick("appearance", optimizer="adamw8bit", learning_rate=1e-3)
     v = torch.zeros(32, requires_grad=True)
     large = torch.nn.Parameter(torch.randn(128, 64))
-    change = _Change({"large": large})
-    (optimizer,) = _optimizers(v, change, config)
+    change = Change({"large": large})
+    (optimizer,) = optimizers_for(v, change, config)
     assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
     (change.weights()["large"].square().sum() + v.sum()).backward()
     optimizer.step()
@@ -437,7 +432,9 @@ def test_a_change_learnt_at_a_rank_is_that_change_and_travels_whole(
 ):
     before = {n: p.clone() for n, p in backbone.unet.named_parameters()}
     config = quick("shape", rank=2, conditioning=conditioning)
-    assert config.learning_rate == tuning.LOW_RANK_RATE * quick("shape", optimizer="adamw").learning_rate
+    assert (
+        config.learning_rate == config_module.LOW_RANK_RATE * quick("shape", optimizer="adamw").learning_rate
+    )
     learnt = escd.customize(picture, "shape", backbone, config=config, progress=False)
     matrices = {n for n, p in parameters_of(backbone.unet, "encoder").items() if p.ndim > 1}
     assert set(learnt.delta) == matrices, "biases and norms stay"
@@ -464,7 +461,7 @@ def test_the_first_step_at_a_rank_sees_the_untouched_unet(backbone, picture):
 def test_where_only_float16_is_fast_gradients_are_scaled(backbone, picture, monkeypatch):
     # As on a GPU before Ampere.
     exact = escd.customize(picture, "shape", backbone, config=quick("shape", steps=8), progress=False)
-    monkeypatch.setattr(tuning, "runs_in", lambda device, dtype=None: torch.float16)
+    monkeypatch.setattr(step_module, "autocast_dtype", lambda device, dtype=None: torch.float16)
     scaled = []
     step = torch.amp.GradScaler.step
     monkeypatch.setattr(
@@ -563,7 +560,7 @@ def seen(backbone):
     """Three noised views."""
     generator = torch.Generator().manual_seed(1)
     shape = (3, *backbone.latent_shape)
-    return Draws(
+    return NoisedViews(
         x_t=torch.randn(shape, generator=generator),
         t=torch.tensor([20, 400, 900]),
         target=torch.zeros(shape),
@@ -793,7 +790,9 @@ def test_the_noise_level_says_how_noisy_the_views_are(backbone, picture, monkeyp
     met: dict[float, torch.Tensor] = {}
     for level in (-2.0, 2.0):
         seen = []
-        monkeypatch.setattr(tuning, "predicted", lambda *a, seen=seen: seen.append(a[2].t) or predicted(*a))
+        monkeypatch.setattr(
+            step_module, "predicted", lambda *a, seen=seen: seen.append(a[2].t) or predicted(*a)
+        )
         config = quick("shape", noise_level=level, steps=24, batch_size=8)
         escd.customize(picture, "shape", backbone, config=config, progress=False)
         met[level] = torch.cat(seen)
@@ -871,7 +870,7 @@ def test_gradients_are_turned_on_by_tuning_itself(tiny_folder, mode):
     image = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
     def tune(image):
-        backbone = Backbone.from_pretrained(tiny_folder).to("cpu", torch.float32)
+        backbone = read_backbone(tiny_folder).to("cpu", torch.float32)
         return escd.customize(image, "shape", backbone, steps=2, mask=torch.ones(1, 16, 16), progress=False)
 
     wanted = tune(image)
@@ -907,7 +906,7 @@ def test_tiled_views_hold_only_neighbours_that_the_material_has():
     image = torch.rand(3, 40, 48, generator=generator)
     inside = torch.zeros(1, 40, 48)
     inside[:, 7:25, 9:33] = 1
-    views = tuning.tiled(image, inside, 6, generator)
+    views = views_module.tiled(image, inside, 6, generator)
     assert views.shape == (6, 3, 40, 48)
     assert len({view.numpy().tobytes() for view in views}) == 6, "they differ"
     material = image[:, 8:24, 10:32]  # without its outermost pixels
@@ -929,7 +928,7 @@ def test_tiled_views_hold_only_neighbours_that_the_material_has():
 def test_the_largest_rectangle_lies_within_the_mask(rows, columns, wanted):
     mask = np.zeros((32, 32), bool)
     mask[slice(*rows), slice(*columns)] = True
-    assert tuning._largest_rectangle(mask) == wanted
+    assert views_module._largest_rectangle(mask) == wanted
 
 
 def test_views_at_true_scale_are_asked_for_by_the_configuration():

@@ -5,27 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
-from escd.measure import aligned_iou
-from escd.world import (
+from escd.data.captions import captions_of, draw_caption
+from escd.data.names import (
     COLOUR_RGB,
     COLOURS,
     HELDOUT_APPEARANCES,
     HELDOUT_SHAPES,
     NONE,
-    OUTLINES,
     PATTERNS,
     SHAPES,
-    TEXTURES,
     UNNAMED_APPEARANCES,
     UNNAMED_SHAPES,
     VARIED_APPEARANCES,
-    Draws,
-    World,
-    as_painted,
-    captions_of,
-    draw_caption,
-    rasterise,
 )
+from escd.data.patterns import as_painted
+from escd.data.random import CounterRNG
+from escd.data.shapes import OUTLINES, rasterise
+from escd.data.textures import TEXTURES
+from escd.data.world import World
+from escd.evaluation.measure import aligned_iou
 
 
 def test_a_picture_does_not_depend_on_its_batch_or_on_the_process():
@@ -136,7 +134,7 @@ def test_rasterised_area_is_the_polygons_area():
 
 @pytest.mark.parametrize("family", UNNAMED_SHAPES + HELDOUT_SHAPES)
 def test_no_outline_is_empty(family):
-    d = Draws(0, torch.arange(100_000))
+    d = CounterRNG(0, torch.arange(100_000))
     if family == "strokes":  # with none of its strokes drawn by lot
         d = d[(d.uniform("present", 5) >= 0.8).all(1).nonzero()[:, 0]]
     assert len(d) > 10
@@ -162,7 +160,7 @@ def test_two_pictures_of_one_named_shape_agree_and_of_two_do_not():
 
 
 def test_draws_are_uniform_and_independent_of_each_other():
-    d = Draws(0, torch.arange(20000))
+    d = CounterRNG(0, torch.arange(20000))
     a, b = d.uniform("a"), d.uniform("b")
     assert a.min() >= 0 and a.max() < 1 and a.mean().item() == pytest.approx(0.5, abs=0.01)
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.03

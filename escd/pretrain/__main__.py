@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from .. import paths
 from ..ending import run_command
 from .autoencoder import LATENT_CHANNELS, MOST_LATENTS, AutoencoderStage
 from .filters import FilterStage, images_to_learn_from
@@ -18,8 +19,8 @@ from .unet import UNetStage
 from .words import WordStage
 
 STAGES = {stage.name: stage for stage in (AutoencoderStage, WordStage, TowerStage, UNetStage)}
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "mini"
-FILTERS = Path("runs") / "filters"
+WEIGHTS = paths.WEIGHTS / "mini"
+FILTERS = paths.RUNS / "filters"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,17 +20,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from .. import records
-from ..backbone import MODELS
-from ..customization import ATTRIBUTES
+from .. import paths, records
+from ..backbone.hub import MODELS
 from ..ending import run_command
-from ..judges import WEIGHTS as JUDGES
-from ..judges import load_judges
-from ..measure import paired_bootstrap
-from ..pipeline import ESCDPipeline
-from ..references import load_references
-from ..study import PROMPTS, prompts_for, score_customization
-from ..tuning import customize
+from ..evaluation.judges import load_judges
+from ..evaluation.measure import paired_bootstrap
+from ..evaluation.prompts import PROMPTS, prompts_for
+from ..evaluation.references import load_references
+from ..evaluation.scores import score_customization
+from ..method.attributes import ATTRIBUTES
+from ..method.pipeline import ESCDPipeline
+from ..method.tuning import customize
 from . import loop
 from .unet import UNetStage
 
@@ -112,7 +112,7 @@ def score(config: AblationConfig) -> dict[str, Any]:
         stages[-1].generator.manual_seed(config.seed)
         return stages[-1]
 
-    scratch = records.ROOT / "runs" / "ablation" / config.arm.replace(" ", "-")
+    scratch = paths.RUNS / "ablation" / config.arm.replace(" ", "-")
     scratch.mkdir(parents=True, exist_ok=True)
     told = loop.train(make, weights=scratch, images=config.images, evaluations=1)["scores"][-1]
     backbone, listed, judges = stages[0].backbone, load_references(which="development"), load_judges()
@@ -139,7 +139,7 @@ def inputs(config: AblationConfig) -> dict[str, str]:
     return {
         "UNet": records.sha256(folder / "unet"),
         "filters": records.sha256(folder / "filters"),
-        "judges": records.sha256(JUDGES / "judges"),
+        "judges": records.sha256(paths.WEIGHTS / "judges"),
         "references development": load_references(which="development").sha256,
     }
 

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from ..backbone.trace import Trace
+from ..data.world import World
 from ..files import together
-from ..trace import Trace
-from ..world import World
 from . import loop
 from .loop import LoopConfig, psnr
 

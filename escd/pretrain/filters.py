@@ -16,15 +16,20 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from ..backbone import load_backbone, loss_weight
-from ..customization import ATTRIBUTES
-from ..encoder import extract_features
-from ..images import image_files, open_image
-from ..measure import foreground_mask
-from ..pipeline import ESCDPipeline
-from ..tuning import PROMPTS, TuningConfig, customize, readable, runs_in, views_of
+from ..backbone.diffusion import loss_weight
+from ..data.foreground import foreground_mask
+from ..data.images import image_files, open_image
+from ..loading import load_backbone
+from ..method.attributes import ATTRIBUTES
+from ..method.config import TuningConfig
+from ..method.encoder import extract_features
+from ..method.pipeline import ESCDPipeline
+from ..method.step import autocast_dtype
+from ..method.tuning import customize
+from ..method.views import PROMPTS, readable, views_of
+from .diffusion_loss import FiltersInTraining, denoising_error
 from .loop import LoopConfig
-from .unet import FiltersInTraining, denoising_error, materials, outlines
+from .pairs import materials, outlines
 
 NEEDED = 8  # images: fewer than that say nothing about the next one
 # Share of the images that are kept for the evaluation.
@@ -83,7 +88,7 @@ class FilterStage:
     def __init__(self, device: torch.device, backbone: str | Path, data: Path) -> None:
         files = images_to_learn_from(data)
         torch.manual_seed(14)
-        dtype = runs_in(device) if device.type == "cuda" else None
+        dtype = autocast_dtype(device) if device.type == "cuda" else None
         self.backbone = load_backbone(backbone, device=device, dtype=dtype)
         self.module = FilterLoss(self.backbone).to(device)
         self.device, self.heavy = device, []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -20,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
-from ..backbone import choose_device
+from .. import paths
+from ..backbone.devices import choose_device
 from ..files import together, write_text
-from ..tuning import runs_in
+from ..method.step import autocast_dtype
 from .state import random_state, read_state, set_random_state, write_state
 
-RUNS = Path(os.environ.get("ESCD_RUNS", "runs")) / "pretrain"
+RUNS = paths.RUNS / "pretrain"
 
 
 KEPT = ("images", "seconds", "environment", "scores")  # of an earlier training's record
@@ -126,7 +126,7 @@ def train(
     `learning_rate` and `batch_size` replace the recipe's. Returns the record.
     """
     # bfloat16 where there is any; GPUs before Ampere would only emulate it.
-    older = runs_in(choose_device()) is torch.float16
+    older = autocast_dtype(choose_device()) is torch.float16
     accelerator = Accelerator(mixed_precision="fp16" if older else "bf16")
     stage = make(accelerator.device)
     given = {"images": images, "learning_rate": learning_rate, "batch_size": batch_size}

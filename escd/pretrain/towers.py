@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..backbone import ImageTower
-from ..world import World, draw_caption
+from ..backbone.image_tower import ImageTower
+from ..data.captions import draw_caption
+from ..data.world import World
 from .loop import LoopConfig
 from .vocabulary import CONTEXT
 

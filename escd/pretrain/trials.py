@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from .. import records
-from ..backbone import MODELS, ImageTower
+from .. import paths, records
+from ..backbone.hub import MODELS
+from ..backbone.image_tower import ImageTower
 from ..ending import run_command
-from ..references import LISTS, load_references
-from ..study import IMAGE_SETS, autoencoder_scores, image_sets
+from ..evaluation.autoencoder import IMAGE_SETS, autoencoder_scores, image_sets
+from ..evaluation.references import LISTS, load_references
 from . import loop
 from .autoencoder import LATENT_CHANNELS, AutoencoderLoss, AutoencoderStage
 from .unet import UNetStage
@@ -125,7 +126,7 @@ def score(config: TrialConfig) -> dict[str, Any]:
     Of the autoencoder also `escd.study.autoencoder_scores` of each set of pictures. A killed training goes on
     where it was; the state of one that was scored is thrown away.
     """
-    scratch = records.ROOT / "runs" / "trials" / _name(config)
+    scratch = paths.RUNS / "trials" / _name(config)
     scratch.mkdir(parents=True, exist_ok=True)
     trained = loop.train(
         lambda device: _stage(config, device),

@@ -11,29 +11,44 @@ to do without.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from transformers import CLIPTokenizerFast
 
-from ..backbone import Backbone, ImageTower, draw_noise_levels, target_of
-from ..customization import ATTRIBUTES
-from ..encoder import extract_features
-from ..fusion import AttributeFilter
-from ..measure import canonical
-from ..world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Batch, World, captions_of, draw_caption
+from ..backbone.diffusion import target_of
+from ..backbone.image_tower import ImageTower
+from ..backbone.model import Backbone
+from ..data.captions import draw_caption
+from ..data.names import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
+from ..data.world import World
+from ..method.attributes import ATTRIBUTES
+from ..method.encoder import extract_features
 from .autoencoder import LATENT_CHANNELS
+from .diffusion_loss import DiffusionLoss, Step, rank_and_count
 from .loop import LoopConfig
-from .towers import WIDTH, load_text_tower
+from .networks import grow_unet, make_scheduler, make_unet
+from .pairs import (
+    MATERIAL,
+    OUTLINE,
+    PORTION,
+    PROBED,
+    QUARTET,
+    SAME_APPEARANCE,
+    SAME_SHAPE,
+    Pictures,
+    materials,
+    outlines,
+    pair_captions,
+    quartets,
+)
+from .towers import load_text_tower
 
 CAPTION_DROPOUT = 0.1
 # Encoding a picture costs a fifth of a training step on the CPU; each latent is used about this many times,
@@ -41,304 +56,12 @@ CAPTION_DROPOUT = 0.1
 REUSE = {"cpu": 4, "cuda": 4, "mps": 2}
 BANK, BEGUN = 8_192, 512  # pictures kept for that, and painted before the first step; multiples of QUARTET
 RINGS = ("latents", "outlines", "materials", "features")  # what is kept of each of them as a row
-PORTION = 128  # pictures that a worker paints for a GPU at a time
 # Share of the pictures whose shape, and whose appearance, has a name: only these teach the prompt's words.
 # The rest keeps the UNet able to draw what has no name, which is what a person brings. Twelve outlines are
 # soon known by name; the patterns come last.
 NAMED_SHAPES, NAMED_APPEARANCES = 0.3, 0.65
-# Pictures are painted by fours, two shapes in two appearances: each has a partner that shares only its shape
-# (its number in the four with the second bit turned) and one that shares only its appearance (the first).
-QUARTET, SAME_SHAPE, SAME_APPEARANCE = 4, 2, 1
 # Share of a step's pictures under a caption with "*m", with "*a", and with both; the rest has plain captions.
 WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH = 0.3125, 0.1875, 0.125
-# A pseudo-word must also tell what it stands for, through one linear layer that is thrown away, of so many
-# references a step: the filter so learns what to say before the UNet has learnt to read it. That of a shape
-# tells the outline, on a grid of OUTLINE cells each way; that of an appearance the colours, in SHADES levels
-# of red, green and blue, and how much changes from pixel to pixel, in four directions at ROUGH resolutions.
-TOLD, OUTLINE, SHADES, ROUGH = 192, 24, 5, 3
-MATERIAL = SHADES**3 + 4 * ROUGH
-# Of the log of noise over signal at which the UNet trains: its mean.
-NOISE_MEAN = -0.4
-# Under "*m" the mean is higher by this: the outline is settled where there is much noise.
-NOISIER = 0.8
-# For a UNet whose latent channels grew: the new ones are faint, and settle where there is less noise.
-GROWN_NOISE_MEAN, GROWN_NOISIER = -0.6, 0.9
-# Weight in the loss of each channel that was added; an old one has 1. What a prompt asks for lies in the old.
-NEW_WEIGHT = 0.4
-
-
-def make_unet(latents: int = LATENT_CHANNELS) -> UNet2DConditionModel:
-    """SD 1.5's class scaled down: three resolutions (16, 8, 4), cross-attention in every block."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=latents,
-        out_channels=latents,
-        layers_per_block=1,
-        block_out_channels=(64, 128, 160),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-        norm_num_groups=32,
-    )
-
-
-@torch.no_grad()
-def grow_unet(unet: UNet2DConditionModel, latents: int) -> UNet2DConditionModel:
-    """The UNet with more latent channels, which it neither reads nor predicts yet: the old ones as before.
-
-    Raises ValueError where it has as many already.
-    """
-    old = unet.config.in_channels
-    if not old < latents:
-        raise ValueError(f"a UNet of {old} latent channels cannot grow to {latents}")
-    wide = make_unet(latents)
-    own, start = wide.state_dict(), unet.state_dict()
-    own["conv_in.weight"].zero_()[:, :old] = start.pop("conv_in.weight")
-    for name in ("conv_out.weight", "conv_out.bias"):
-        own[name].zero_()[:old] = start.pop(name)
-    wide.load_state_dict(own | start)
-    return wide
-
-
-def make_scheduler() -> DDIMScheduler:
-    """SD 1.5's noise schedule, brought to pure noise at its end, for a UNet that predicts the velocity.
-
-    On 16 x 16 latents SD's last step still shows a picture's mean colour through the noise. A UNet trained so
-    reads the background off the starting noise instead of off the prompt: a first one did, and obeyed 7 % of
-    the prompts' backgrounds. Without that remainder (Lin et al. 2024, "Common diffusion noise schedules and
-    sample steps are flawed") only the prompt tells, and only a UNet that predicts the velocity (Salimans and
-    Ho 2022) has something to predict there.
-    """
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        prediction_type="v_prediction",
-    )
-
-
-def denoising_error(
-    predict: Callable[[Tensor, Tensor], Tensor], scheduler: DDIMScheduler, x_0: Tensor, t: Tensor
-) -> Tensor:
-    """The squared error (B,) of a UNet at time steps t (B,) of latents x_0 (B, C, h, w) (Eq. 2)."""
-    noise = torch.randn_like(x_0)
-    predicted = predict(scheduler.add_noise(x_0, noise, t), t).float()
-    return (predicted - target_of(scheduler, x_0, noise, t)).square().mean((1, 2, 3))
-
-
-@dataclass
-class Step:
-    """One step: latents (N, C, h, w) and prompts, of which the last read pseudo-words.
-
-    In this order: `shape` rows "*m", `appearance` rows "*a", `both` rows the two.
-
-    shape_from, appearance_from: embeds_ref (rows that hold the token, W) of the references. told_from,
-    outline, material: embeds_ref (TOLD, W) of more references, and what is to be told of them, (TOLD,
-    OUTLINE**2) and (TOLD, MATERIAL).
-    """
-
-    x_0: Tensor
-    prompts: list[str]
-    shape: int
-    appearance: int
-    both: int
-    shape_from: Tensor
-    appearance_from: Tensor
-    told_from: Tensor
-    outline: Tensor
-    material: Tensor
-
-    @property
-    def plain(self) -> int:
-        """Rows without a pseudo-word: the first."""
-        return len(self.prompts) - self.shape - self.appearance - self.both
-
-
-class FiltersInTraining(nn.Module):
-    """New filters for a backbone, and the layers through which their pseudo-words must tell what they saw."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.filters = nn.ModuleDict({name: AttributeFilter.for_backbone(backbone) for name in ATTRIBUTES})
-        backbone.filters = dict(self.filters)
-        told, width = {"shape": OUTLINE**2, "appearance": MATERIAL}, backbone.text_encoder.config.hidden_size
-        self.tell = nn.ModuleDict({name: nn.Linear(width, length) for name, length in told.items()})
-        self.__dict__["backbone"] = backbone  # frozen, and no part of this module's state
-
-    def told(self, name: str, embeds_ref: Tensor, truth: Tensor) -> Tensor:
-        """How badly pseudo-words tell the truth (N, K) of the references' attribute: a mean square."""
-        word = self.backbone.word_embedding(ATTRIBUTES[name].word).float()
-        v = self.filters[name](embeds_ref, word)
-        return F.mse_loss(self.tell[name]((v - word) / word.norm()).float(), truth)
-
-    def load(self, folder: Path) -> None:
-        """Take the filters that `export` wrote."""
-        for name, learnt in self.filters.items():
-            trained = AttributeFilter.from_pretrained(folder / "filters" / name, torch_dtype=torch.float32)
-            learnt.load_state_dict(trained.state_dict())
-
-    def export(self, folder: Path) -> None:
-        """Write the filters, in half precision, to folder/filters/<attribute>."""
-        for name, learnt in self.filters.items():
-            # ModelMixin.half() would change the filter being trained.
-            copy = AttributeFilter(**{k: v for k, v in learnt.config.items() if not k.startswith("_")})
-            copy.load_state_dict(learnt.state_dict())
-            copy.half().save_pretrained(folder / "filters" / name)
-
-
-class DiffusionLoss(FiltersInTraining):
-    """Eq. 2 over pictures and captions, some of which hold the pseudo-words of Eq. 5."""
-
-    telling = 1.0  # weight of what the pseudo-words must tell
-
-    def __init__(
-        self, backbone: Callable[[UNet2DConditionModel], Backbone], latents: int = LATENT_CHANNELS
-    ) -> None:
-        unet = make_unet(latents)
-        super().__init__(backbone(unet))
-        self.unet, self.scheduler = unet, make_scheduler()
-        self.means = (NOISE_MEAN, NOISIER)
-        self.old = latents  # channels that were not added
-        self.__dict__["weights"] = torch.ones(latents)
-        self.__dict__["captured"] = {}  # graphs, and no part of this module's state
-
-    def grown(self, old: int) -> None:
-        """The latent channels from number `old` on were added: they weigh less, at lower noise."""
-        self.means, self.old = (GROWN_NOISE_MEAN, GROWN_NOISIER), old
-        self.weights[old:] = NEW_WEIGHT
-        self.weights /= self.weights.mean()
-
-    def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        # a number of rows to each mean
-        mean, noisier = self.means
-        means = ((step.plain, 0.0), (step.shape, noisier), (step.appearance, 0.0), (step.both, noisier))
-        t = torch.cat([draw_noise_levels(self.scheduler, n, mean + more) for n, more in means])
-        t, noise = t.to(step.x_0.device), torch.randn_like(step.x_0)
-        target = target_of(self.scheduler, step.x_0, noise, t)
-        given = (
-            self.scheduler.add_noise(step.x_0, noise, t), t, target, self.ids(step), step.shape_from,
-            step.appearance_from, step.told_from, step.outline, step.material,
-        )  # fmt: skip
-        kinds = (step.plain, step.shape, step.appearance, step.both)
-        errors, outline, material = self._errors(kinds, given)  # of each channel
-        known = errors[:, : self.old].mean(1)
-        names = ("plain", "shape", "appearance", "both")
-        logs = {name: part.mean() for name, part in zip(names, known.split(kinds), strict=True) if len(part)}
-        if self.old < errors.shape[1]:
-            logs["added"] = errors[:, self.old :].mean()
-        told = {"outline": outline, "material": material}
-        error = (errors * self.weights.to(errors)).mean()
-        return error + self.telling * sum(told.values()), logs | told
-
-    def _errors(self, kinds: tuple[int, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """`Errors`: on one GPU captured once as a graph, and replayed.
-
-        So small a network's step is some thousands of kernels, each sooner done than started.
-        """
-        if not (given[0].is_cuda and self.training and torch.is_grad_enabled()) or _rank()[1] > 1:
-            return Errors(self, kinds)(*given)
-        key = (kinds, tuple(x.shape for x in given))
-        if key not in self.captured:
-            dtype = torch.get_autocast_dtype("cuda")
-            with torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False):
-                self.captured[key] = torch.cuda.make_graphed_callables(
-                    Errors(self, kinds), tuple(x.clone() for x in given), allow_unused_input=True
-                )
-        return self.captured[key](*given)
-
-    def ids(self, step: Step) -> Tensor:
-        """Token ids (N, L) of a step's prompts."""
-        tokens = [attribute.token for attribute in ATTRIBUTES.values()]
-        return self.backbone.token_ids(step.prompts, tokens).to(step.x_0.device)
-
-    def read(
-        self, ids: Tensor, kinds: tuple[int, ...], shape_from: Tensor, appearance_from: Tensor
-    ) -> Tensor:
-        """Text conditioning (N, L, D) of a step's prompts, by their token ids (N, L).
-
-        kinds: how many are plain, under "*m", under "*a" and under both.
-        """
-        plain, shape, appearance, _ = kinds
-        backbone = self.backbone
-        words = {name: backbone.word_embedding(a.word) for name, a in ATTRIBUTES.items()}
-        m = self.filters["shape"](shape_from, words["shape"]).float()
-        a = self.filters["appearance"](appearance_from, words["appearance"]).float()
-        pseudo_words = {
-            "*m": torch.cat([m[:shape], m.new_zeros(appearance, WIDTH), m[shape:]]),
-            "*a": torch.cat([a.new_zeros(shape, WIDTH), a]),
-        }
-        text = [backbone.encode_ids(ids[plain:], pseudo_words)]
-        if plain:
-            with torch.no_grad():
-                text.insert(0, backbone.encode_ids(ids[:plain]))
-        return torch.cat(text).float()
-
-
-class Errors(nn.Module):
-    """What of a step's loss is tensors alone: what a GPU can replay.
-
-    Takes noised latents (N, C, h, w), timesteps (N,), targets (N, C, h, w), token ids (N, L), and embeds_ref
-    and truths as in `Step`; gives the squared errors (N, C) of each channel, and how badly outlines and
-    materials are told.
-    """
-
-    def __init__(self, loss: DiffusionLoss, kinds: tuple[int, ...]) -> None:
-        super().__init__()
-        self.unet, self.filters, self.tell = loss.unet, loss.filters, loss.tell
-        self.__dict__["loss"] = loss  # its parameters are those above
-        self.kinds = kinds
-
-    def forward(
-        self, x_t: Tensor, t: Tensor, target: Tensor, ids: Tensor, shape_from: Tensor,
-        appearance_from: Tensor, told_from: Tensor, outline: Tensor, material: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        text = self.loss.read(ids, self.kinds, shape_from, appearance_from)
-        error = (self.unet(x_t, t, text).sample.float() - target).square().mean((2, 3))
-        told = self.loss.told
-        return error, told("shape", told_from, outline), told("appearance", told_from, material)
-
-
-def _rank() -> tuple[int, int]:
-    """Which of how many processes this is."""
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-class Pictures(Dataset):
-    """The world's pictures from number `first` on, PORTION by PORTION: images, masks and captions.
-
-    Of `several` processes, that of number `rank` has every several-th portion; `taken` of these are left out.
-    """
-
-    def __init__(
-        self, world: World, first: int, rank: int = 0, several: int = 1, taken: int = 0
-    ) -> None:
-        self.world, self.first, self.rank, self.several, self.taken = world, first, rank, several, taken
-
-    def __len__(self) -> int:
-        return 1 << 40
-
-    def __getitem__(self, k: int) -> tuple[Tensor, Tensor, list[tuple[list[str], ...]]]:
-        first = self.first + ((self.taken + k) * self.several + self.rank) * PORTION
-        b = quartets(self.world, first + torch.arange(PORTION))
-        return b.image, b.mask, pair_captions(b)
-
-
-def quartets(world: World, index: Tensor) -> Batch:
-    """The pictures with these numbers, by fours: two shapes in two appearances, all else each its own."""
-    four, k = (
-        index[::QUARTET].repeat_interleave(QUARTET),
-        torch.arange(len(index), device=index.device) % QUARTET,
-    )
-    return world.batch(index, shape=four + (k & SAME_APPEARANCE), appearance=four + (k & SAME_SHAPE))
 
 
 class UNetStage:
@@ -359,7 +82,7 @@ class UNetStage:
         self.module = DiffusionLoss(lambda unet: self._frozen(folder, unet), channels)
         self.backbone = self.module.backbone
         # A graph of kernels gains nothing by being compiled.
-        _, several = _rank()
+        _, several = rank_and_count()
         self.heavy = [self.module.unet] if device.type != "cuda" or several > 1 else []
         self.workers = max(1, (os.cpu_count() or 2) // several - 1) if device.type == "cuda" else 0
         self.portions: Iterator | None = None
@@ -443,7 +166,7 @@ class UNetStage:
             b = quartets(self.world, torch.arange(first, first + count))
             return b.image.to(self.device), b.mask.to(self.device), pair_captions(b)
         if self.portions is None:
-            pictures = Pictures(self.world, self.first, *_rank(), self.taken)
+            pictures = Pictures(self.world, self.first, *rank_and_count(), self.taken)
             # A generator of its own, for it draws a number for its workers whenever it begins.
             self.portions = iter(
                 DataLoader(
@@ -479,7 +202,7 @@ class UNetStage:
         if self.workers:  # a GPU encodes many pictures as fast as a few
             fresh, self.steps = 0 if self.steps % self.reuse else count, self.steps + 1
         if not self.painted:
-            self.first = first - _rank()[0] * count  # that of process 0
+            self.first = first - rank_and_count()[0] * count  # that of process 0
             # These also set what the filters take for the mean and the deviation of a feature.
             fresh = BEGUN
         if fresh:
@@ -500,7 +223,7 @@ class UNetStage:
         ]
         m = torch.cat([rows[plain : plain + shape], rows[count - both :]])
         a = rows[plain + shape :]
-        told = torch.randint(0, min(self.painted, BANK), (TOLD,), generator=self.generator)
+        told = torch.randint(0, min(self.painted, BANK), (PROBED,), generator=self.generator)
         return Step(
             x_0=self.latents[rows],
             prompts=prompts,
@@ -599,53 +322,3 @@ class UNetStage:
         unet.half().save_pretrained(folder / "unet")
         make_scheduler().save_pretrained(folder / "scheduler")
         self.module.export(folder)
-
-
-def outlines(masks: Tensor) -> Tensor:
-    """Silhouettes (N, 1, S, S) centred and at one size, as a grid of coverage (N, OUTLINE**2)."""
-    return F.adaptive_avg_pool2d(canonical(masks[:, 0])[:, None], OUTLINE).flatten(1)
-
-
-def materials(images: Tensor, masks: Tensor) -> Tensor:
-    """What of an appearance is to be told, (N, MATERIAL), of images (N, 3, S, S) in [-1, 1] inside masks.
-
-    The square root of a histogram of colours, each pixel shared out among its nearest levels; and the log of
-    the mean change of lightness from one pixel to the next, at half the resolution, and so on; each scaled to
-    vary about as much as the cells of an outline.
-    """
-    # the outermost pixels are mixed with the background
-    inside = -F.max_pool2d(-(masks > 0.98).float(), 3, 1, 1)
-    inside = torch.where(inside.sum((1, 2, 3), keepdim=True) > 0, inside, masks)
-    levels = torch.linspace(-1, 1, SHADES, device=images.device)
-    near = (1 - (images[..., None] - levels).abs() * (SHADES - 1) / 2).clamp(min=0)  # (N, 3, S, S, SHADES)
-    red, green, blue = near.flatten(2, 3).unbind(1)
-    counts = torch.einsum("np,npi,npj,npk->nijk", inside.flatten(1), red, green, blue).flatten(1)
-    told = [2 * (counts / counts.sum(1, keepdim=True).clamp(min=1e-6)).sqrt()]
-    light = images.mean(1, keepdim=True)
-    for scale in range(ROUGH):
-        if scale:
-            light, inside = F.avg_pool2d(light, 2), -F.max_pool2d(-inside, 2)
-        for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
-            change = (light - light.roll((-down, -right), (2, 3))).abs()
-            both = inside * inside.roll((-down, -right), (2, 3))
-            mean = (change * both).sum((1, 2, 3)) / both.sum((1, 2, 3)).clamp(min=1)
-            told.append(0.4 * (mean + 0.02).log()[:, None])
-    return torch.cat(told, 1)
-
-
-def pair_captions(b: Batch) -> list[tuple[list[str], ...]]:
-    """Four lists of captions for each picture: plain, with "*m", with "*a", with both."""
-    every = []
-    for shape, look, ground, plain in zip(
-        b.shape_family, b.appearance_family, b.background_family, b.captions, strict=True
-    ):
-        named = look if look in PATTERNS else None
-        colours = [w for w in plain[0].split() if w in COLOURS] if named else []
-        word = shape if shape in SHAPES else "shape"
-        every.append((
-            plain,
-            captions_of("*m", named, colours, ground, "shape"),
-            [c for c in captions_of(word, "*a", [], ground, "shape") if "*a" in c],
-            [c for c in captions_of("*m", "*a", [], ground, "shape") if "*a" in c],
-        ))  # fmt: skip
-    return every

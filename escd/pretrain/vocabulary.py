@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 from transformers import CLIPTokenizer
 
-from ..world import APPEARANCE_WORDS, BACKGROUNDS, COLOURS, PATTERNS, SHAPES
+from ..data.names import APPEARANCE_WORDS, BACKGROUNDS, COLOURS, PATTERNS, SHAPES
 
 CONTEXT = 32
 START, END = "<|startoftext|>", "<|endoftext|>"

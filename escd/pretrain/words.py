@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
-from ..world import BACKGROUNDS, COLOURS, PATTERNS, SHAPES, Draws, captions_of, draw_caption
+from ..data.captions import captions_of, draw_caption
+from ..data.names import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
+from ..data.random import CounterRNG
 from .loop import LoopConfig
 from .towers import MODEL, WIDTH, save_text_tower, save_tokenizer, text_tower
 from .vocabulary import make_tokenizer
@@ -26,7 +28,7 @@ GROUNDS = (*BACKGROUNDS, "plain", "gradient", "cluttered")
 FULL = 0.8  # below this, `draw_caption` picks a form that says everything
 
 
-def draw_captions(draws: Draws) -> tuple[list[str], dict[str, Tensor]]:
+def draw_captions(draws: CounterRNG) -> tuple[list[str], dict[str, Tensor]]:
     """A caption for each of N draws, and what it says.
 
     "shape" (N,) and "pattern" (N,), the last class being "no name"; "ground" (N,) index into GROUNDS;
@@ -107,7 +109,7 @@ class WordStage:
         self.fixed = self._batch(9015, 0, 512)
 
     def _batch(self, seed: int, first: int, count: int) -> dict[str, Tensor]:
-        captions, said = draw_captions(Draws(seed, torch.arange(first, first + count)))
+        captions, said = draw_captions(CounterRNG(seed, torch.arange(first, first + count)))
         ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return {name: value.to(self.device) for name, value in (said | {"tokens": ids}).items()}
 

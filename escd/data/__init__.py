@@ -1,0 +1,1 @@
+"""The labelled shape x appearance world, and a person's own images."""

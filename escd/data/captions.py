@@ -1,0 +1,54 @@
+"""Captions of the world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def with_article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def captions_of(
+    shape: str, pattern: str | None, colours: Sequence[str], background: str, decoy: str
+) -> list[str]:
+    """Every form of caption the world knows for one picture, the fullest first (`design`: caption forms).
+
+    `shape` is a name of SHAPES or the bare word "shape"; `pattern` is None for an unnamed appearance, which
+    is then called by the bare word "appearance": so a prompt whose pseudo-word has strength zero is a prompt
+    the backbone was trained on. Pseudo-words stand in the same places: shape "*m", or pattern "*a" without
+    colours. `decoy` is the noun that "in the shape of" overrides.
+    """
+    ground = f" on {with_article(background)} background"
+    look = " ".join([pattern, *" and ".join(colours).split()]) if pattern else "appearance"
+    described = f"{look} {shape}" if pattern else shape
+    captions = [
+        f"{with_article(shape)} shape with {look} appearance{ground}",
+        f"{with_article(described)}{ground}",
+        f"{with_article(shape)} with the appearance of {look}{ground}",
+        f"{with_article(f'{look} {decoy}' if pattern else decoy)} in the shape of {shape}{ground}",
+        f"{with_article(shape)}{ground}",
+        f"{with_article(described)}",
+        f"{with_article(shape)} shape with {look} appearance",
+        f"{with_article(shape)} with {look} {'texture' if pattern else 'material'}{ground}",
+        f"{with_article(shape)} shape",
+    ]
+    if pattern and len(colours) == 1:
+        captions.insert(2, f"{with_article(f'{colours[0]} {pattern} {shape}')}{ground}")
+        captions.append(f"{with_article(shape)} in {colours[0]} colour{ground}")
+    if pattern and pattern != "solid":
+        captions.append(f"{with_article(shape)} with {with_article(pattern)} pattern{ground}")
+    return captions
+
+
+# The first forms of `captions_of`: they say everything, and either pseudo-word has a place in them.
+FULL_FORMS = 4
+
+
+# How often a training step shows each caption: the full ones mostly, the partial ones now and then.
+def draw_caption(captions: Sequence[str], u: float) -> str:
+    """The caption that a uniform number in [0, 1) picks: the first four forms 80 % of the time."""
+    if u < 0.8:
+        return captions[min(int(u / 0.8 * FULL_FORMS), FULL_FORMS - 1)]
+    rest = captions[FULL_FORMS:]
+    return rest[min(int((u - 0.8) / 0.2 * len(rest)), len(rest) - 1)]

@@ -1,0 +1,130 @@
+"""The foreground of a picture on a plain background."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import ndimage
+from skimage.color import rgb2lab
+from skimage.filters import threshold_otsu
+from torch import Tensor
+
+BORDER = 2  # px: width of the frame the background is first read from, for a 64 px image
+FLOOR = 6.0  # CIELAB: nearer than this to the background is background, however clean the picture
+CEILING = 12.0  # CIELAB: farther than this (or 6 noise deviations) is object, whatever Otsu says
+SMALLEST, LARGEST = 0.015, 0.85  # share of the picture an object may cover
+MOST_BORDER = 0.35  # share of the frame an object may touch
+LEAST_PLAIN = 0.55  # share of the frame that must lie on the background's colour surface
+
+
+def to_lab(images: Tensor) -> np.ndarray:
+    """Images (N, 3, H, W) in [-1, 1] as CIELAB (D65), (N, H, W, 3) float32."""
+    rgb = (images.detach().float().clamp(-1, 1).cpu().numpy() + 1) / 2
+    return rgb2lab(np.moveaxis(rgb, 1, -1)).astype(np.float32)
+
+
+def foreground_mask(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Objects on plain or nearly plain backgrounds: masks (N, H, W) bool and `failed` (N,) bool.
+
+    The background is a quadratic colour surface in CIELAB, fitted robustly to the frame of the picture and
+    once more to all that then lies outside the object; the object is what stands off it, above an Otsu
+    threshold held between `FLOOR` and `CEILING` and above the background's own noise. Holes are kept but
+    for specks. A mask has failed where the object is too small or too large, touches too much of the frame,
+    or where the frame is not plain; a failed mask is returned as it was found.
+    """
+    labs = to_lab(images)
+    pairs = [_one_mask(lab) for lab in labs]
+    masks = torch.from_numpy(np.stack([mask for mask, _ in pairs])).to(images.device)
+    return masks, torch.tensor([failed for _, failed in pairs], device=images.device)
+
+
+def _one_mask(lab: np.ndarray) -> tuple[np.ndarray, bool]:
+    height, width, _ = lab.shape
+    width_of_frame = max(1, round(BORDER * min(height, width) / 64))
+    frame = np.ones((height, width), bool)
+    frame[width_of_frame:-width_of_frame, width_of_frame:-width_of_frame] = False
+
+    basis = _quadratic_basis(height, width)  # (H, W, 6)
+    surface, noise, plain = _robust_surface(lab, basis, frame)
+    distance = np.linalg.norm(lab - surface, axis=-1)
+    mask = _threshold(distance, noise)
+    # The frame says little about the middle: fit again to everything outside the object and its soft edge.
+    outside = ~ndimage.binary_dilation(mask, iterations=2)
+    if plain >= LEAST_PLAIN and (outside & frame).sum() > 0.3 * frame.sum():
+        surface, noise, _ = _robust_surface(lab, basis, outside)
+        distance = np.linalg.norm(lab - surface, axis=-1)
+        mask = _threshold(distance, noise)
+    mask = _sharpen(mask, distance)
+    mask = _components(mask)
+
+    share = mask.mean()
+    touching = mask[frame].mean()
+    failed = not (SMALLEST <= share <= LARGEST) or touching > MOST_BORDER or plain < LEAST_PLAIN
+    return mask, bool(failed)
+
+
+def _quadratic_basis(height: int, width: int) -> np.ndarray:
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1).astype(np.float32)
+
+
+def _robust_surface(lab: np.ndarray, basis: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Colour surface (H, W, 3) through most of the pixels `where`, its inliers' deviation and their share."""
+    design, values = basis[where], lab[where]
+    # Start from the median colour, which an object over less than half of the frame cannot move.
+    residual = np.linalg.norm(values - np.median(values, axis=0), axis=-1)
+    inliers = residual <= max(12.0, float(np.median(residual)))
+    for bound in (8.0, 5.0, 5.0):
+        ridge = 1e-3 * np.eye(design.shape[1], dtype=np.float32) * inliers.sum() / len(inliers)
+        ridge[0, 0] = 0  # the surface bends only where the pixels say so; its level is free
+        a = design[inliers]
+        coefficients = np.linalg.solve(a.T @ a + ridge, a.T @ values[inliers])
+        residual = np.linalg.norm(values - design @ coefficients, axis=-1)
+        spread = float(np.median(residual[inliers]))
+        inliers = residual <= max(bound, 3.0 * spread)
+    return basis @ coefficients, spread, float(inliers.mean())
+
+
+def _threshold(distance: np.ndarray, noise: float) -> np.ndarray:
+    lowest = max(FLOOR, 4.0 * noise)
+    highest = max(CEILING, 6.0 * noise)
+    otsu = threshold_otsu(distance) if np.ptp(distance) > 1e-3 else highest
+    return distance > min(max(otsu, lowest), highest)
+
+
+def _sharpen(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Drop boundary pixels less than half covered, which a low threshold lets in.
+
+    An autoencoder smears an edge over more than one pixel: twice, against what lies within two.
+    """
+    for _ in range(2):
+        inner = ndimage.binary_erosion(mask, border_value=1)
+        nearby = ndimage.maximum_filter(np.where(inner, distance, 0), size=5)
+        mask = mask & (inner | (distance >= 0.5 * nearby))
+    return mask
+
+
+def _components(mask: np.ndarray) -> np.ndarray:
+    """The largest component and those of at least a tenth of it, without specks or pinholes."""
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if count == 0:
+        return mask
+    areas = np.bincount(labels.ravel())[1:]
+    kept = np.isin(labels, 1 + np.flatnonzero(areas >= max(areas.max() / 10, 4)))
+    holes, count = ndimage.label(~kept)
+    if count:
+        areas = np.bincount(holes.ravel())[1:]
+        small = 1 + np.flatnonzero(areas < max(4, 0.015 * kept.sum()))
+        kept |= np.isin(holes, small)
+    return kept
+
+
+def inner(inside: np.ndarray) -> np.ndarray:
+    """A mask (H, W) bool without its outermost pixels, which are mixed with the background.
+
+    All of it where the outline is thin: better mixed pixels than hardly any. ValueError for an empty mask.
+    """
+    if not inside.any():
+        raise ValueError("an empty mask has no appearance")
+    eroded = ndimage.binary_erosion(inside)
+    return inside if eroded.sum() < 0.25 * inside.sum() else eroded

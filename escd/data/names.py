@@ -1,0 +1,73 @@
+"""The words of the labelled world, and what it draws that has no name."""
+
+from __future__ import annotations
+
+SHAPES = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "heart",
+    "cross",
+    "ring",
+    "crescent",
+    "hexagon",
+    "arrow",
+    "diamond",
+    "flower",
+)
+PATTERNS = ("solid", "striped", "dotted", "checkered", "gradient", "zigzag")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
+BACKGROUNDS = ("gray", "pink", "cyan", "beige")
+UNNAMED_SHAPES = ("fourier", "superformula", "polygon", "union", "limbs", "strokes", "blocks", "lathe")
+UNNAMED_APPEARANCES = (
+    "fbm",
+    "marble",
+    "wood",
+    "brick",
+    "gravel",
+    "speckle",
+    "plaid",
+    "ramp",
+    "patches",
+    "brushed",
+    "plain",
+    "tiles",
+)
+# More of what real materials are made of; only a `varied` world draws them.
+VARIED_APPEARANCES = (
+    "spectral",
+    "relief",
+    "studs",
+    "chips",
+    "fibres",
+    "cracks",
+    "ribs",
+    "strata",
+    "planks",
+)
+# Share of a varied world's unnamed outlines that holes, gaps and inner lines are cut out of.
+PIERCED = 0.45
+# Never drawn by the "train" split: what a backbone is evaluated on must be new to it.
+HELDOUT_SHAPES = ("gear", "spiral", "comb")
+HELDOUT_APPEARANCES = ("hexcells", "weave", "target")
+# Words a sub-attribute can be called by; the captions teach each of them.
+APPEARANCE_WORDS = ("appearance", "texture", "material", "pattern", "colour")
+COLOUR_RGB = {
+    "red": (0.86, 0.10, 0.10),
+    "green": (0.10, 0.62, 0.18),
+    "blue": (0.10, 0.22, 0.86),
+    "yellow": (0.96, 0.86, 0.08),
+    "purple": (0.50, 0.10, 0.66),
+    "orange": (0.98, 0.50, 0.06),
+    "white": (0.96, 0.96, 0.96),
+    "black": (0.05, 0.05, 0.05),
+}
+BACKGROUND_RGB = {
+    "gray": (0.52, 0.52, 0.52),
+    "pink": (0.98, 0.70, 0.80),
+    "cyan": (0.40, 0.86, 0.92),
+    "beige": (0.92, 0.86, 0.70),
+}
+SIZE = 64
+NONE = -1  # the label of a factor that has no name

@@ -1,0 +1,1 @@
+"""The protocol: references, prompts, scores, judges, and the study that runs them."""

@@ -1,0 +1,162 @@
+"""Which labels of a rendered picture are unambiguous: the targets a judge is trained and validated on."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import foreground
+from ..data.names import BACKGROUND_RGB, BACKGROUNDS, COLOUR_RGB, COLOURS, NONE, PATTERNS, SHAPES
+from ..data.world import Batch
+from . import measure
+from .judges import HEADS, Judgement
+from .references import named_outlines
+
+IGNORED = -100  # the target of a head that has nothing to learn from a picture
+# When a picture is too ambiguous to be judged
+LIKE_NAMED = 0.8  # an unnamed outline whose aligned IoU with a named one is at least this has no right answer
+PATTERN_LIKE = (
+    "plain",
+    "ramp",
+    "plaid",
+    "tiles",
+    "brushed",
+    "wood",
+    "hexcells",
+    "weave",
+    "target",
+)  # families a
+# person might well call solid, gradient, checkered, striped or dotted
+HIDDEN = 0.2  # largest share of the object that may have the background's colour,
+HIDDEN_WITHIN = 10.0  # that is, lie within this CIELAB distance of it
+SHOWN = 0.08  # smallest share of the object a named colour, or a pattern's second tone, must cover
+WIDE = 9  # px: an object nowhere as wide shows less than a named pattern's period of 12 to 18 px
+FLAT = 8.0  # CIELAB: an unnamed material that deviates less than this from its mean might be called solid
+NEAR_NAMED = 25.0  # CIELAB: an unnamed colour nearer to a named one than this might be called by its name
+GROUND_NEAR_NAMED = 20.0  # the same for backgrounds
+
+
+def targets_of(batch: Batch) -> dict[str, Tensor]:
+    """Targets of each head for pictures; IGNORED (or -1 for colours) where the answer is not clear.
+
+    shape (N,), pattern (N,), background (N,): class numbers, the last being "none of these"; colours (N, 9):
+    1, 0; figure (N, 1, H, W): the object's coverage. Not clear is
+
+    - an unnamed outline whose aligned IoU with a named shape is at least LIKE_NAMED;
+    - everything but the background where more than HIDDEN of the object has the background's colour;
+    - the pattern of an unnamed material of a PATTERN_LIKE family, or nearly even (FLAT; `still_clear` asks
+      the same of what became of the picture); of a gradient of one colour, which side light makes of a solid
+      one too; of any whose second tone covers less than SHOWN of the object; and of all but a solid one where
+      the object is nowhere WIDE px wide;
+    - the colours where a named one covers less than SHOWN of the object (in a gradient: comes within
+      NEAR_NAMED of its tone on less), or where an unnamed material shows as much of a colour within
+      NEAR_NAMED of a named one;
+    - an unnamed background whose mean is within GROUND_NEAR_NAMED of a named one.
+    """
+    lab = torch.from_numpy(foreground.to_lab(batch.image)).to(batch.image.device)  # (N, H, W, 3)
+    inside, outside = batch.mask[:, 0] > 0.98, batch.mask[:, 0] < 0.02
+    ground = _mean(lab, outside)  # (N, 3)
+    hidden = _share((lab - ground[:, None, None]).norm(dim=-1) < HIDDEN_WITHIN, inside) > HIDDEN
+
+    shape = torch.where(batch.shape == NONE, len(SHAPES), batch.shape)
+    unnamed = (batch.shape == NONE).nonzero()[:, 0]
+    if len(unnamed):
+        known = named_outlines().to(batch.mask.device)
+        alike = measure.iou_matrix(batch.mask[unnamed, 0] > 0.5, known, refined=()).amax(1) >= LIKE_NAMED
+        shape[unnamed[alike]] = IGNORED
+
+    named = batch.pattern != NONE
+    pattern = torch.where(named, batch.pattern, len(PATTERNS))
+    like = torch.tensor([family in PATTERN_LIKE for family in batch.appearance_family], device=named.device)
+    single = batch.colours.sum(1) == 1
+    tones, shades = (_lab(rgb).to(lab.device) for rgb in (_colour_table(), _shade_table()))
+    first = batch.colours.int().argmax(1)
+    second = len(COLOURS) - 1 - batch.colours.flip(1).int().argmax(1)
+    pair = torch.stack(
+        [tones[first], torch.where(single[:, None], shades[first], tones[second])], 1
+    )  # (N, 2, 3)
+    nearer = (lab[:, :, :, None] - pair[:, None, None]).norm(dim=-1).argmin(-1) == 1  # (N, H, W): second tone
+    share = _share(nearer, inside)
+    faint = torch.minimum(share, 1 - share) < SHOWN
+    # A gradient between two colours shows neither where the object covers its middle alone.
+    reached = (lab[:, :, :, None] - pair[:, None, None]).norm(dim=-1) < NEAR_NAMED  # (N, H, W, 2)
+    least = torch.minimum(_share(reached[..., 0], inside), _share(reached[..., 1], inside))
+    faint |= (batch.pattern == PATTERNS.index("gradient")) & ~single & (least < SHOWN)
+    solid, gradient = batch.pattern == PATTERNS.index("solid"), batch.pattern == PATTERNS.index("gradient")
+    like |= _deviation(lab, inside) < FLAT
+    thick = -F.max_pool2d(-inside[:, None].float(), WIDE, 1, WIDE // 2)  # centres of squares that fit inside
+    thin = ~thick.flatten(1).any(1)
+    pattern[(like & ~named) | (gradient & single) | (named & ~solid & faint) | (thin & ~solid)] = IGNORED
+
+    colours = torch.cat([batch.colours, ~named[:, None]], 1).float()
+    distance = (lab[:, :, :, None] - tones).norm(dim=-1).amin(-1)
+    nameable = _share(distance < NEAR_NAMED, inside) >= SHOWN
+    colours[(~named & nameable) | (named & ~single & faint)] = -1
+
+    background = torch.where(batch.background == NONE, len(BACKGROUNDS), batch.background)
+    grounds = _lab(torch.tensor([BACKGROUND_RGB[name] for name in BACKGROUNDS])).to(lab.device)
+    near = (ground[:, None] - grounds).norm(dim=-1).amin(1) < GROUND_NEAR_NAMED
+    background[(batch.background == NONE) & near] = IGNORED
+
+    for target in (shape, pattern):
+        target[hidden] = IGNORED
+    colours[hidden] = -1
+    targets = {"shape": shape, "pattern": pattern, "colours": colours, "background": background}
+    return targets | {"figure": batch.mask}
+
+
+def still_clear(images: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The targets of rendered pictures, for what became of them (N, 3, H, W).
+
+    `targets_of` looks at pictures as they are rendered. Where an unnamed material is nearly even (FLAT) only
+    by now, as autoencoders make fine grain, its pattern is not clear any more. A pixel at the object's edge,
+    where colours run into each other, does not count.
+    """
+    unnamed = (targets["pattern"] == len(PATTERNS)) & targets["figure"].flatten(1).any(1)
+    inside = -F.max_pool2d(-(targets["figure"] > 0.98).float(), 3, 1, 1)[:, 0] > 0
+    lab = torch.from_numpy(foreground.to_lab(images)).to(images.device)
+    faded = unnamed & (_deviation(lab, inside) < FLAT)
+    return targets | {"pattern": targets["pattern"].masked_fill(faded, IGNORED)}
+
+
+def _deviation(lab: Tensor, inside: Tensor) -> Tensor:
+    """Root mean square CIELAB distance from the mean, (N,), of lab (N, H, W, 3) inside (N, H, W)."""
+    return _mean((lab - _mean(lab, inside)[:, None, None]).square(), inside).sum(1).sqrt()
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    return (values * where[..., None]).sum((1, 2)) / where.sum((1, 2))[:, None].clamp(min=1)
+
+
+def _share(flags: Tensor, where: Tensor) -> Tensor:
+    return (flags & where).sum((1, 2)) / where.sum((1, 2)).clamp(min=1)
+
+
+def _colour_table() -> Tensor:
+    return torch.tensor([COLOUR_RGB[name] for name in COLOURS])
+
+
+def _shade_table() -> Tensor:
+    """The second tone of a pattern of one colour, as the world paints it."""
+    table = _colour_table()
+    dark = torch.tensor([name == "black" for name in COLOURS])[:, None]
+    return torch.where(dark, table + 0.3, table * 0.6)
+
+
+def _lab(rgb: Tensor) -> Tensor:
+    return torch.from_numpy(foreground.to_lab(rgb[:, :, None, None] * 2 - 1)[:, 0, 0])
+
+
+def accuracies(seen: Judgement, targets: dict[str, Tensor]) -> dict[str, float]:
+    """Share judged right by each head where the answer is clear; colours are right when all nine are."""
+    scores = {}
+    for name in ("shape", "pattern", "background"):
+        answer = getattr(seen, name)
+        answer = torch.where(answer == NONE, HEADS[name] - 1, answer)
+        clear = targets[name] != IGNORED
+        scores[name] = float((answer == targets[name])[clear].float().mean())
+    clear = targets["colours"][:, 0] >= 0
+    answer = torch.cat([seen.colours, seen.other_colour[:, None]], 1)
+    scores["colours"] = float((answer == targets["colours"].bool()).all(1)[clear].float().mean())
+    return scores

@@ -1,0 +1,195 @@
+"""What `mini` can do at each checkpoint of its training: `python -m escd.curve` makes the records.
+
+Training keeps the averaged model of every evaluation under `runs/pretrain/<stage>/checkpoints/<images>`. Each
+UNet is asked a fixed set of prompts and tuned on a few development references, each autoencoder rebuilds
+pictures it never saw. The scores are kept as records, since the checkpoints are not: so they show whether
+more training still helps the method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from tqdm.auto import tqdm
+
+from .. import paths, records
+from ..backbone.hub import MODELS
+from ..backbone.model import Backbone
+from ..ending import run_command
+from ..loading import load_backbone
+from ..method.config import TuningConfig
+from ..method.fusion import AttributeFilter
+from .autoencoder import autoencoder_scores, image_sets
+from .configs import ObedienceConfig, StudyConfig
+from .references import load_references
+from .study import Study
+
+# What each attribute's transfer and its leakage are retrieved by.
+SCORED = (("shape", "silhouette", "texture_material"), ("appearance", "material", "silhouette"))
+STAGES = ("unet", "autoencoder")
+
+
+@dataclass(frozen=True)
+class CurveConfig:
+    """One checkpoint: how many images its UNet has seen, and what it is asked."""
+
+    images: int
+    prompts: int = 256
+    # The first so many of the development list; with none, nothing is tuned.
+    references: int = 3
+    backbone: str = "mini"
+    seed: int = 0
+    sampler_steps: int = 25
+    guidance_scale: float = 4.0
+
+
+@dataclass(frozen=True)
+class ReconstructionCurveConfig:
+    """One checkpoint of the autoencoder, by how many images it has seen."""
+
+    images: int
+    backbone: str = "mini"
+
+
+def score_autoencoder(config: ReconstructionCurveConfig, folder: Path) -> dict[str, Any]:
+    """PSNR and kept detail of each set of pictures (`escd.study.autoencoder_scores`)."""
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+    metrics: dict[str, Any] = {}
+    for name, (images, others) in image_sets().items():
+        scores = autoencoder_scores(vae, images, others)
+        metrics[name] = {key: scores[key] for key in ("psnr", "detail")}
+    trained = MODELS[config.backbone].folder
+    return metrics | {"trained_seconds": seconds_at(config.images, trained, "autoencoder")}
+
+
+def score_checkpoint(config: CurveConfig, folder: Path) -> dict[str, Any]:
+    """Obedience, and transfer and leakage of each attribute in its own half, of the UNet in `folder`.
+
+    The pseudo-words start from the checkpoint's own filters, where it has any, else from the plain words: the
+    shipped filters read another UNet's features.
+    """
+    study = Study(backbones={config.backbone: _backbone(config.backbone, folder)})
+    same = {name: getattr(config, name) for name in ("backbone", "seed", "sampler_steps", "guidance_scale")}
+    obeyed = study.score(ObedienceConfig(prompts=config.prompts, **same))
+    metrics: dict[str, Any] = {"obeyed": {k: v for k, v in obeyed.items() if not k.startswith("by_")}}
+    few = list(load_references(which="development"))[: config.references]
+    for name, wanted, unwanted in SCORED if few else ():
+        tuning = TuningConfig.of(name, seed=config.seed)
+        rows = [
+            study.score(StudyConfig(name, one.id, "customized", tuning, list="development", **same))
+            for one in few
+        ]
+        metrics[name] = {
+            "retrieved": _mean(rows, wanted, False),
+            "leaked": _mean(rows, unwanted, True),
+            "iou": _mean(rows, "iou", 0.0),
+        }
+    return metrics | {"trained_seconds": seconds_at(config.images, MODELS[config.backbone].folder)}
+
+
+def _backbone(name: str, folder: Path) -> Backbone:
+    backbone = load_backbone(name)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    backbone.unet.load_state_dict(unet.state_dict())
+    backbone.filters = {
+        path.name: AttributeFilter.from_pretrained(path, torch_dtype=torch.float32).eval()
+        for path in sorted((folder / "filters").glob("*"))
+    }
+    return backbone
+
+
+def _mean(rows: list[dict[str, list]], name: str, failed: float) -> float:
+    return float(np.mean([failed if value is None else value for row in rows for value in row[name]]))
+
+
+def seconds_at(images: int, weights: Path, stage: str = "unet") -> float | None:
+    """Training time of a stage up to a checkpoint, from the training record; None where it does not say."""
+    trained = json.loads((weights / "training.json").read_text())[stage]
+    ends, images_before, seconds_before = {0: 0.0}, 0, 0.0
+    for run in trained.get("earlier", []):
+        images_before, seconds_before = images_before + run["images"], seconds_before + run["seconds"]
+        ends[images_before] = seconds_before
+    for score in trained["scores"]:
+        ends[images_before + score["images"]] = seconds_before + score["seconds"]
+    return ends.get(images)
+
+
+@cache
+def points(backbone: str = "mini", stage: str = "unet") -> list[records.Record]:
+    """The curve by images seen; of a checkpoint that was asked more than once, the record made last."""
+    kind = CurveConfig if stage == "unet" else ReconstructionCurveConfig
+    found = [r for r in records.all(kind) if r.config["backbone"] == backbone]
+    newest = {record.config["images"]: record for record in found}
+    return [newest[images] for images in sorted(newest)]
+
+
+def in_words(record: records.Record) -> str:
+    """A point's scores, on one line."""
+    found = record.metrics
+    if "obeyed" not in found:
+        sets = {name: scores for name, scores in found.items() if name != "trained_seconds"}
+        return ", ".join(f"{name} {scores['psnr']:.1f} dB" for name, scores in sets.items())
+    said = ["obeyed: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in found["obeyed"].items())]
+    for name, *_ in SCORED:
+        if name in found:
+            shares = ", ".join(f"{key} {100 * found[name][key]:.0f} %" for key in ("retrieved", "leaked"))
+            said.append(f"{name}: {shares}, IoU {found[name]['iou']:.2f}")
+    return "; ".join(said)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Score the checkpoints that have no record yet."""
+    parser = argparse.ArgumentParser(prog="python -m escd.curve", description=main.__doc__)
+    parser.add_argument("--stage", choices=STAGES, default="unet")
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="FOLDER", help="default: where training keeps them"
+    )
+    parser.add_argument("--prompts", type=int, default=CurveConfig.prompts)
+    parser.add_argument("--references", type=int, default=CurveConfig.references, metavar="N")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)  # so that one worker gives the bits that several give
+    state = PartialState(cpu=not torch.cuda.is_available())
+    kept = arguments.checkpoints or paths.RUNS / "pretrain" / arguments.stage / "checkpoints"
+    folders = sorted(path.parent for path in kept.glob("*/unet" if arguments.stage == "unet" else "*/vae"))
+    if not folders:
+        parser.error(f"no checkpoints in {kept}: training the {arguments.stage} leaves them there")
+    mine = folders[state.process_index :: state.num_processes]
+    for folder in tqdm(mine, unit="checkpoint", disable=not state.is_local_main_process):
+        if arguments.stage == "autoencoder":
+            reconstructs = ReconstructionCurveConfig(int(folder.name))
+            records.get(
+                reconstructs,
+                lambda config, folder=folder: score_autoencoder(config, folder),
+                inputs={"autoencoder": records.sha256(folder / "vae")},
+            )
+            continue
+        config = CurveConfig(int(folder.name), arguments.prompts, arguments.references)
+        filters = folder / "filters"
+        records.get(
+            config,
+            lambda config, folder=folder: score_checkpoint(config, folder),
+            inputs={
+                "UNet": records.sha256(folder / "unet"),
+                # read only where something is tuned
+                **({"filters": records.sha256(filters)} if arguments.references and filters.exists() else {}),
+                "judges": records.sha256(paths.WEIGHTS / "judges"),
+                "references development": load_references(which="development").sha256,
+            },
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for record in points(stage=arguments.stage):
+            print(f"{record.config['images']:>9,} images: {in_words(record)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,221 @@
+"""`TuningConfig`: one tuning run, the defaults of each attribute, and what each was set from."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+
+from ..backbone.halves import half_of
+from ..backbone.model import Backbone
+from ..backbone.parts import NO_PART, half_named, names_of
+from .attributes import RECIPES, Attribute, resolve_attribute
+
+# What changes the matrices and kernels of a part. Muon learns more in as many steps (notebook 3).
+# "adamw8bit" is AdamW with its two averages in a byte each (Dettmers et al. 2022), for want of memory.
+OPTIMIZERS = ("muon", "adamw", "adamw8bit")
+OPTIMIZER = "muon"
+# Learning rate and steps for each half of the UNet. The halves differ in size and depth, so one rate for both
+# would compare rates, not halves.
+RATES = {
+    "muon": {
+        "shape": {"encoder": 1.2e-2, "decoder": 3e-3, "all": 3e-3},
+        "appearance": {"encoder": 1e-3, "decoder": 1e-3, "all": 1e-3},
+    },
+    "adamw": {
+        "shape": {"encoder": 1e-3, "decoder": 5e-4, "all": 5e-4},
+        "appearance": {"encoder": 3e-4, "decoder": 3e-4, "all": 2e-4},
+    },
+}
+RATES["adamw8bit"] = RATES["adamw"]
+STEPS = {"shape": 160, "appearance": 40}
+# Noised views a step. Half the steps of twice the views learn a shape as well, in less time
+# (`escd/pretrain/README.md`): a step of Muon's costs the same for any number of views.
+BATCH_SIZES = {"shape": 16, "appearance": 8}
+# Share of the views in which the other attribute is changed. From the reference as it is, a shape learns some
+# of its appearance too.
+AUGMENTATION = {"shape": 1.0, "appearance": 0.75}
+# The pseudo-word's rate. An outline needs the weights more than the word.
+WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
+# How many differently augmented views of the reference there are, and the share of the draws under the empty
+# prompt. With more of the first a shape is learnt better; with the second the rest of a prompt is obeyed more
+# (trials on an earlier training of `mini`, with AdamW).
+VIEWS = {"shape": 192, "appearance": 64}
+DROPOUT = {"shape": 0.15, "appearance": 0.0}
+# Around which logarithm of noise over signal a shape is learnt: where outlines are settled. Timesteps drawn
+# uniformly lie higher, and learn less in as many steps (`escd/pretrain/README.md`). None: uniform timesteps.
+NOISE_LEVELS = {"shape": 0.4, "appearance": None}
+# Factors of a change start with one of the two at zero, and move the weights less for the same step.
+LOW_RANK_RATE = 5.0
+# A backbone of Stable Diffusion's size: what DreamBooth, LoRA and textual inversion are commonly run with
+# there. None of it was measured by this project. Muon is left out for its arithmetic: some 0.4e12 operations
+# for each kernel of 1280 x 11520.
+LARGE_RECIPE = {
+    "optimizer": "adamw",
+    "learning_rate": 1e-5,
+    "word_learning_rate": 5e-4,
+    "batch_size": 1,
+    # The source's recipe: repainted views are drawings of a world that such a backbone does not live in.
+    "augmentation": 0.0,
+    "varied": True,
+}
+LARGE_STEPS = {"shape": 400, "appearance": 250}
+LARGE_RANK_RATE = 1e-4
+LESS_MEMORY = (
+    "close what else uses it, load the backbone in half precision (dtype=torch.float16), learn the change at "
+    'a rank (rank=16, or --rank 16), lower TuningConfig.batch_size, or take optimizer="adamw8bit", or for an '
+    'appearance conditioning="half"'
+)
+# Who reads the pseudo-word while it is learnt, and where its gradient comes from.
+CONDITIONING = ("joint", "half", "cached")
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """One tuning run; the defaults of an attribute come from `TuningConfig.of`."""
+
+    # Which attribute, by name, and which of the two recipes it follows: "shape" changes what the reference is
+    # made of while it learns, "appearance" changes its outline.
+    attribute: str
+    recipe: str
+    # The part of the UNet that learns (`escd.parts`), or "none" for the pseudo-word alone.
+    part: str
+    # Optimiser steps of `batch_size` noised views of the one image.
+    steps: int
+    learning_rate: float
+    # Of the pseudo-word.
+    word_learning_rate: float = 1e-3
+    # Of the part's biases and norms, and never more than `learning_rate`; None: the same.
+    bias_learning_rate: float | None = None
+    # What changes the part's matrices and kernels: "muon" (Jordan et al. 2024), "adamw" or "adamw8bit". AdamW
+    # changes all the rest either way.
+    optimizer: str = "adamw"
+    batch_size: int = 8
+    # How many differently augmented views of the reference are encoded, once, before the first step.
+    views: int = 64
+    # Share of the views in which the other attribute is changed (`views_of`).
+    augmentation: float = 0.75
+    # Share of the draws under the empty prompt, from which guidance starts.
+    dropout: float = 0.0
+    # "joint": both halves read the pseudo-word and its gradient comes from both, as in plain tuning. "half":
+    # both read it, its gradient comes from the half that is tuned alone, and a frozen encoder runs without
+    # gradients. "cached": the encoder reads the attribute's word instead, and what it makes of `draws` noised
+    # views is computed once; for parts of the decoder.
+    conditioning: str = "joint"
+    draws: int = 128
+    # None: timesteps are uniform, and a velocity's error weighted (`loss_weight`). A number: the logarithm of
+    # noise over signal is normal around it (`draw_noise_levels`), and the error is plain.
+    noise_level: float | None = None
+    # None: the part's weights learn. A number: what learns is the change of each matrix and kernel as two
+    # factors of this rank (LoRA, Hu et al. 2021); biases and norms stay, so that all of it can be exported.
+    rank: int | None = None
+    # Whether the views that keep a material show it at its own scale (`tiled`), or also enlarged and bent
+    # (`reshaped`), which blurs it.
+    true_scale: bool = False
+    seed: int = 0
+    # Whether the views of the reference as it is are mirrored and cropped, and while a shape is learnt
+    # recoloured, each its own way.
+    varied: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"a recipe is {' or '.join(map(repr, RECIPES))}, not {self.recipe!r}")
+        for name in ("steps", "batch_size", "views", "draws", "seed", "rank"):
+            value = getattr(self, name)
+            if name == "rank" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is a whole number, not {value!r}")
+        if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
+            raise ValueError("a seed has at most 64 bits")
+        if self.steps < 0:
+            raise ValueError(
+                f"steps must not be negative, not {self.steps} (0 gives the attribute filter's pseudo-word)"
+            )
+        if self.batch_size < 1 or self.views < 1 or self.draws < 1:
+            raise ValueError("batch_size, views and draws must be at least 1")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"a rank is a whole number from 1 on, not {self.rank}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
+        if self.optimizer == "muon" and self.rank is not None:
+            raise ValueError("Muon is for whole matrices; the factors of a rank learn with optimizer='adamw'")
+        if self.conditioning not in CONDITIONING:
+            raise ValueError(f"conditioning is {' or '.join(CONDITIONING)}, not {self.conditioning!r}")
+        for name in ("learning_rate", "word_learning_rate", "bias_learning_rate"):
+            value = getattr(self, name)
+            if name == "bias_learning_rate" and value is None:
+                continue
+            if not (isinstance(value, int | float) and 0 < value <= sys.float_info.max):  # false for NaN too
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        level = self.noise_level
+        if level is not None and not (isinstance(level, int | float) and abs(level) <= sys.float_info.max):
+            raise ValueError(f"noise_level is None or a finite number, not {level!r}")
+        for name in ("true_scale", "varied"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
+        for name in ("augmentation", "dropout"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise ValueError(f"{name} is a share between 0 and 1, not {value!r}")
+
+    @classmethod
+    def of(
+        cls,
+        attribute: Attribute | str,
+        part: str | None = None,
+        backbone: Backbone | None = None,
+        **changes: object,
+    ) -> TuningConfig:
+        """The configuration for an attribute, with `changes` of its fields.
+
+        None is a value of `noise_level`, `bias_learning_rate` and `rank`; another field keeps its default at
+        None. The attribute's recipe decides how it is learnt, the half that `part` lies in at which rate. A
+        `backbone` of Stable Diffusion's size has other defaults (`LARGE_RECIPE`) than `mini`. Raises
+        ValueError for an attribute without a recipe, for bad numbers, and for a part the backbone has not.
+        """
+        attribute = resolve_attribute(attribute)
+        may_be_none = {field.name for field in fields(cls) if field.default is None}
+        given = {k: v for k, v in changes.items() if v is not None or k in may_be_none}
+        recipe = given.get("recipe", attribute.recipe)
+        if recipe not in RECIPES:
+            raise ValueError(
+                f"how is {attribute.name!r} learnt? Its part {attribute.part!r} does not say: pass "
+                f"recipe={' or recipe='.join(map(repr, RECIPES))}, to the attribute or here"
+            )
+        part = attribute.part if part is None else part
+        half = _rated_as(part, backbone)
+        ranked = given.get("rank") is not None
+        optimizer = given.get("optimizer", "adamw" if ranked else OPTIMIZER)
+        rate = RATES[optimizer][recipe][half] if optimizer in OPTIMIZERS else 1.0  # refused by its check
+        defaults = {
+            "attribute": attribute.name,
+            "recipe": recipe,
+            "part": part,
+            "steps": STEPS[recipe],
+            "learning_rate": rate * (LOW_RANK_RATE if ranked else 1.0),
+            "word_learning_rate": WORD_RATES[recipe],
+            # AdamW changes them either way.
+            "bias_learning_rate": RATES["adamw"][recipe][half] if optimizer == "muon" else None,
+            "optimizer": optimizer,
+            "batch_size": BATCH_SIZES[recipe],
+            "views": VIEWS[recipe],
+            "augmentation": AUGMENTATION[recipe],
+            "dropout": DROPOUT[recipe],
+            "noise_level": NOISE_LEVELS[recipe],
+        }
+        if backbone is not None and backbone.large:
+            defaults |= LARGE_RECIPE | {"steps": LARGE_STEPS[recipe]}
+            defaults |= {"bias_learning_rate": None, "noise_level": None}
+            if ranked:
+                defaults["learning_rate"] = LARGE_RANK_RATE
+            if recipe == "appearance" and half == "decoder":
+                # A fifth of the time for the same scores on `mini` (notebook 3, benchmarks/tuning_cost.py).
+                defaults["conditioning"] = "half"
+        return cls(**defaults | given)
+
+
+def _rated_as(part: str, backbone: Backbone | None) -> str:
+    """The half whose rates a part learns at: that of its parameters, or of its name without a backbone."""
+    if backbone is None or part == NO_PART:
+        return half_named(part) or "all"
+    return half_of(names_of(backbone.unet, part)) or "all"

@@ -1,0 +1,1 @@
+"""Stored results as the paper's numbers, tables and figures."""

@@ -1,0 +1,349 @@
+"""Results: what the stored records say, as objects that tables, figures and notebooks read."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import records
+from ..backbone import hub
+from ..evaluation.configs import (
+    ALIKE,
+    AutoencoderConfig,
+    CompositionConfig,
+    RankConfig,
+    StudyConfig,
+    alike_configs,
+    backbone_configs,
+    configs,
+    rank_configs,
+)
+from ..evaluation.kept import learn_now
+from ..evaluation.measure import Interval, paired_bootstrap
+from ..evaluation.references import load_references
+from ..evaluation.study import Study
+from ..evaluation.tables import Row, table
+from ..method.attributes import ATTRIBUTES
+from ..method.config import TuningConfig
+from ..method.cost import relative
+from ..records import Record
+
+WANTED = {"shape": "silhouette", "appearance": "material"}  # the retrieval that is an attribute's transfer
+
+
+@cache
+def study() -> Study:
+    """The study on the CPU, where its bits can be had again."""
+    return Study(device="cpu")
+
+
+@dataclass(frozen=True)
+class Results:
+    """The study's table, by mode and arm, and the records it is made from."""
+
+    rows: dict[str, dict[str, Row]]
+    references: int  # for which every arm is stored
+    used: tuple[Record, ...]
+    alike: tuple[Record, ...]  # of the decoder's parts as large as the encoder; empty where one is missing
+
+
+def current(config: Any) -> Record:
+    """The stored record of a config, made from the inputs that are here now; KeyError where there is none."""
+    return records.get(config, inputs=study().inputs(config))
+
+
+def results(which: str = "evaluation") -> Results:
+    """The study of a bundled list, over the references whose every arm is stored; KeyError where none is."""
+    return _results(which, _fingerprint())
+
+
+@cache
+def _results(which: str, _state: str) -> Results:
+    kinds = (StudyConfig, CompositionConfig)
+    found = {record.key: record for kind in kinds for record in records.all(kind)}
+    groups: dict[tuple[type, str], list[Record | None]] = defaultdict(list)
+    inputs: dict[type, dict[str, str]] = {}
+
+    def stored(config: StudyConfig | CompositionConfig) -> Record | None:
+        kind, record = type(config), found.get(records.key_of(config))
+        if kind not in inputs:
+            inputs[kind] = study().inputs(config)
+        return record if record is not None and record.inputs == inputs[kind] else None
+
+    for config in configs(study().references(which)):
+        name = config.reference if isinstance(config, StudyConfig) else config.shape
+        groups[type(config), name].append(stored(config))
+    whole = {group: runs for group, runs in groups.items() if None not in runs}
+    references = sum(kind is StudyConfig for kind, _ in whole)
+    if not references:
+        raise KeyError(f"figures/records has no reference of the {which} list in full: `make study` makes it")
+    used = tuple(record for runs in whole.values() for record in runs)
+    alike = [stored(config) for config in alike_configs(study().references(which))]
+    return Results(table(used), references, used, tuple(alike) if None not in alike else ())
+
+
+def _fingerprint() -> str:
+    files = [records.FOLDER / f"{kind}.jsonl" for kind in ("study", "composition")]
+    return "".join(records.sha256(file) for file in files if file.exists())
+
+
+def contrast(attribute: str, one: str, other: str, which: str = "evaluation") -> dict[str, Interval]:
+    """What tuning part `one` gives beyond tuning part `other`, picture by picture, with 95 % intervals.
+
+    `transfer`: is the wanted attribute retrieved; of a shape also `IoU`; `leakage`: similarity of the
+    unwanted one. A picture without a foreground counts as a miss and as a leak; whole references are
+    resampled.
+    """
+    wanted, unwanted = WANTED[attribute], {"shape": "texture_similarity", "appearance": "iou"}[attribute]
+    overlap = [("IoU", "iou", 0.0)] if attribute == "shape" else []
+    scores = [("transfer", wanted, 0.0), *overlap, ("leakage", unwanted, 1.0)]
+    by_arm: dict[str, dict[str, dict]] = {one: {}, other: {}}
+    found = results(which)
+    for record in (*found.used, *found.alike):
+        if record.kind == "study" and record.config["attribute"] == attribute:
+            arm = records.config_of(record, StudyConfig).arm
+            if arm in by_arm:
+                by_arm[arm][record.config["reference"]] = record.metrics
+    names = sorted(by_arm[one])
+    groups = [name for name in names for _ in by_arm[one][name]["failed"]]
+
+    def gathered(arm: str, score: str, missing: float) -> list[float]:
+        values = [value for name in names for value in by_arm[arm][name][score]]
+        return [missing if value is None else float(value) for value in values]
+
+    return {
+        what: paired_bootstrap(gathered(one, score, missing), gathered(other, score, missing), groups=groups)
+        for what, score, missing in scores
+    }
+
+
+@dataclass(frozen=True)
+class Alike:
+    """A part of the UNet beside the encoder, for one attribute."""
+
+    megabytes: float  # of what was learnt, in half precision
+    row: Row
+    beyond: dict[str, Interval]  # `contrast` with the encoder; empty for the encoder itself
+
+
+def alike(attribute: str, which: str = "evaluation") -> dict[str, Alike]:
+    """The encoder, the decoder, and the decoder's parts of the encoder's size; empty before they are run."""
+    found = results(which)
+    rows = table([*found.used, *found.alike])[attribute]
+    sizes: dict[str, list[float]] = defaultdict(list)
+    for record in (*found.used, *found.alike):
+        if "megabytes" in record.metrics and record.config["attribute"] == attribute:  # something was learnt
+            sizes[records.config_of(record, StudyConfig).arm].append(record.metrics["megabytes"])
+    return {
+        part: Alike(
+            float(np.mean(sizes[part])),
+            rows[part],
+            {} if part == "encoder" else contrast(attribute, part, "encoder", which),
+        )
+        for part in (("encoder", *ALIKE, "decoder") if found.alike else ())
+    }
+
+
+def composed(one: str = "ours", other: str = "reversed", which: str = "evaluation") -> Interval:
+    """How much more of the pictures have both attributes right under arm `one` than under arm `other`.
+
+    Picture by picture, with the 95 % interval over pairs of references.
+    """
+    by_arm: dict[str, dict[str, list[bool]]] = {one: {}, other: {}}
+    for record in results(which).used:
+        if record.kind == "composition":
+            config, got = records.config_of(record, CompositionConfig), record.metrics
+            if config.arm in by_arm:
+                both = zip(got["silhouette"], got["material"], strict=True)
+                by_arm[config.arm][f"{config.shape} {config.appearance}"] = [bool(s and m) for s, m in both]
+    pairs = sorted(by_arm[one])
+    first, second = ([right for pair in pairs for right in by_arm[arm][pair]] for arm in (one, other))
+    return paired_bootstrap(first, second, groups=[pair for pair in pairs for _ in by_arm[one][pair]])
+
+
+def experiments(attribute: str, which: str = "development") -> list[tuple[TuningConfig, int, Row]]:
+    """What was tried on a list's references: each way of tuning, on how many references, and its scores."""
+    runs: dict[TuningConfig, list[Record]] = defaultdict(list)
+    floors: dict[str, Record] = {}
+    for record in records.all(StudyConfig):
+        if record.config["attribute"] != attribute or record.config["list"] != which:
+            continue
+        config = records.config_of(record, StudyConfig)
+        if record.inputs != study().inputs(config):  # tried on other weights than these
+            continue
+        if config.kind == "floor":
+            floors[config.reference] = record
+        elif config.kind == "customized":
+            runs[config.tuning].append(record)
+    tried = []
+    for tuning, made in runs.items():
+        beside = [floors[record.config["reference"]] for record in made]
+        rows = table([*made, *beside])[attribute]
+        (arm,) = rows.keys() - {"floor"}
+        tried.append((tuning, len(made), rows[arm]))
+    return tried
+
+
+@dataclass(frozen=True)
+class AtRank:
+    """An attribute's customizations at one rank: mean over the references' pictures, and size of each."""
+
+    rank: int | None  # None: in full
+    exportable: bool
+    transfer: dict[str, float]
+    error: float
+    megabytes: float
+    references: int
+
+
+def ranks(which: str = "evaluation") -> tuple[dict[str, list[AtRank]], list[Record]]:
+    """What is left of each attribute at a low rank, and the records that say so; empty where none is stored.
+
+    Over the references whose every rank is stored.
+    """
+    stored = {record.key: record for record in records.all(RankConfig)}
+    runs: dict[str, dict[tuple[int | None, bool], list[Record]]] = {}
+    used: list[Record] = []
+    inputs: dict[str, str] | None = None
+    whole: dict[tuple[str, str], list[RankConfig]] = defaultdict(list)
+    for config in rank_configs(study().references(which)):
+        whole[config.attribute, config.reference].append(config)
+    for (attribute, _), wanted in whole.items():
+        inputs = inputs or study().inputs(wanted[0])
+        made = [stored.get(records.key_of(config)) for config in wanted]
+        if any(record is None or record.inputs != inputs for record in made):
+            continue
+        used += made
+        for config, record in zip(wanted, made, strict=True):
+            runs.setdefault(attribute, {}).setdefault((config.rank, config.exportable), []).append(record)
+    return {
+        attribute: [
+            AtRank(
+                rank,
+                exportable,
+                {
+                    name: float(np.mean([value or 0.0 for r in made for value in r.metrics[score]]))
+                    for name, score in (("iou", "iou"), ("retrieval", WANTED[attribute]))
+                },
+                float(np.mean([r.metrics["error"] for r in made])),
+                float(np.mean([r.metrics["megabytes"] for r in made])),
+                len(made),
+            )
+            for (rank, exportable), made in by_rank.items()
+        ]
+        for attribute, by_rank in runs.items()
+    }, used
+
+
+def smallest_rank(attribute: str, found: Sequence[AtRank], within: float = 0.02) -> AtRank | None:
+    """The smallest rank that keeps the transfer to `within` of the full change's, relatively; None if none.
+
+    Transfer is the aligned IoU for a shape and the share of materials retrieved for an appearance.
+    """
+    score = "iou" if attribute == "shape" else "retrieval"
+    full = next(one for one in found if one.rank is None and not one.exportable)
+    enough = [
+        one
+        for one in found
+        if one.rank is not None and one.transfer[score] >= (1 - within) * full.transfer[score]
+    ]
+    return min(enough, key=lambda one: one.rank, default=None)
+
+
+# The stages of pretraining, in the order they are trained in.
+STAGES = ("autoencoder", "words", "towers", "unet")
+
+
+def training(backbone: str = "mini") -> dict[str, dict]:
+    """The account of how a shipped backbone was trained: stage -> configuration, cost, scores, loss curve."""
+    account = json.loads((hub.MODELS[backbone].folder / "training.json").read_text())
+    return {stage: account[stage] for stage in STAGES}
+
+
+def images_seen(record: Mapping[str, Any]) -> int:
+    """Images a stage has seen, with those of the trainings it went on from."""
+    return record["images"] + sum(one["images"] for one in record.get("earlier", ()))
+
+
+def at_full_size(kind: str) -> Record | None:
+    """The newest record of a kind at Stable Diffusion 1.5's size on a CPU: "size", "tuning_cost"."""
+    made = [r for r in records.all(kind) if r.config["size"] == "sd15" and r.device == "cpu"]
+    return made[-1] if made else None
+
+
+# What `benchmarks/tuning_cost.py` compares, and the paper's keys; the others are held to the first.
+STEPS_OF = {
+    "whole UNet (DreamBooth)": "whole",
+    "keys and values (Custom Diffusion)": "attention",
+    "LoRA, rank 16 (peft)": "lora",
+    "pseudo-word (Textual Inversion)": "word",
+    "shape": "shape",
+    "appearance": "appearance",
+    "appearance, frozen encoder without gradients": "half",
+    "appearance, encoder outputs kept": "kept",
+}
+
+
+def step_costs() -> dict[str, dict[str, float]]:
+    """What a step of each way of tuning takes of what a step of the whole UNet takes, at full size.
+
+    step: its time; gradients: without the optimiser's part; peak: of memory; flops. Empty without a record.
+    """
+    record = at_full_size("tuning_cost")
+    if record is None:
+        return {}
+    whole, flops = next(iter(STEPS_OF)), record.metrics["flops"]
+    rows = relative(record.metrics["rounds"], to=whole)
+    return {name: row | {"flops": flops[name] / flops[whole]} for name, row in rows.items()}
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """What it costs to learn one attribute of one reference on a few CPU threads."""
+
+    tuning: TuningConfig
+    reference: str
+    threads: int = 2
+    list: str = "development"
+    backbone: str = "mini"
+
+
+def cost(config: CostConfig) -> dict[str, float]:
+    """Seconds of one tuning, and the size of what it leaves."""
+    reference = load_references(which=config.list)[config.reference]
+    backbone = study().backbone(config.backbone)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        learnt = learn_now(reference.image, config.tuning.attribute, config.tuning, backbone)
+    finally:
+        torch.set_num_threads(threads)
+    size = learnt.customization.nbytes
+    return {"steps": learnt.about.steps, "seconds": learnt.about.seconds, "megabytes": size / 1e6}
+
+
+def cost_records() -> list[Record]:
+    """What each attribute costs with its defaults; measured where that is not stored."""
+    first = load_references(which="development")[0].id
+    runs = [CostConfig(TuningConfig.of(attribute), first) for attribute in ATTRIBUTES]
+    return [records.get(run, cost, inputs=weights_of(run.backbone), device="cpu") for run in runs]
+
+
+@cache
+def weights_of(backbone: str) -> dict[str, str]:
+    """sha256 of a shipped backbone's files, as a record's inputs have it."""
+    return {f"backbone {backbone}": records.sha256(hub.MODELS[backbone].folder)}
+
+
+def backbone_records() -> tuple[list[Record], list[Record]]:
+    """Records of the autoencoder's three sets; of the judges and of obedience."""
+    found = [(config, current(config)) for config in backbone_configs()]
+    of_sets = [record for config, record in found if isinstance(config, AutoencoderConfig)]
+    return of_sets, [record for config, record in found if not isinstance(config, AutoencoderConfig)]

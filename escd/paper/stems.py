@@ -1,0 +1,28 @@
+"""The register of the figures: one function per stem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .canvas import Drawing, house_style
+
+STEMS: dict[str, Stem] = {}
+
+
+@dataclass(frozen=True)
+class Stem:
+    """A figure of the paper: the function that draws it, and the notebook that explains it."""
+
+    draw: Callable[[], Drawing]
+    notebook: str
+
+
+def figure(notebook: str) -> Callable[[Callable[[], Drawing]], Callable[[], Drawing]]:
+    """Make a function a stem of the paper's figures; it is drawn in the house style."""
+
+    def register(draw: Callable[[], Drawing]) -> Callable[[], Drawing]:
+        STEMS[draw.__name__] = Stem(house_style()(draw), f"notebooks/{notebook}.ipynb")
+        return STEMS[draw.__name__].draw
+
+    return register
