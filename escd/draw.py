@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .ending import run_command
 from .paper.diagrams import diagram_encoder, diagram_filter, diagram_pipeline
-from .paper.draw import main
+from .paper.draw import FIGURES, main
 from .paper.figures import (
     autoencoder_rate,
     backbone_samples,
@@ -19,6 +19,7 @@ from .paper.figures import (
 from .paper.stems import STEMS
 
 __all__ = [
+    "FIGURES",
     "STEMS",
     "autoencoder_rate",
     "backbone_samples",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..escd import __version__
+from . import __version__
 from .reading import json_of
 from .records import sha256
 

@@ -15,6 +15,8 @@ import pytest
 from browser import CHROMIUM, PATIENCE, Page, chromium, jupyterlab
 from conftest import make_backbone, make_customization
 
+from escd.backbone.folder import save_backbone
+
 ROOT = Path(__file__).resolve().parents[1]
 if not os.environ.get("ESCD_BROWSER"):  # jupyter and a browser need more seconds than a busy machine has
     pytest.skip("by hand: ESCD_BROWSER=1 python -m pytest tests/test_browser.py", allow_module_level=True)
