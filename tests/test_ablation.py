@@ -17,7 +17,7 @@ from escd.pretrain.pairs import SAME_SHAPE
 
 def test_a_run_trains_filters_alone_and_scores_them(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(ablation.records, "ROOT", tmp_path)
+    monkeypatch.setattr(ablation.paths, "RUNS", tmp_path / "runs")
     made = []
 
     class Watched(AblationStage):

@@ -90,7 +90,7 @@ def two_stems(monkeypatch):
         "one": stems_module.Stem(lambda: line("black"), "notebooks/03_method.ipynb"),
         "two": stems_module.Stem(lambda: line("red").made_from([record]), "notebooks/03_method.ipynb"),
     }
-    monkeypatch.setattr(stems_module, "STEMS", stems)
+    monkeypatch.setattr(draw, "STEMS", stems)
     return stems
 
 
@@ -133,9 +133,9 @@ def test_every_figure_belongs_to_a_notebook_and_to_the_committed_manifest():
 def stored(backbone, tmp_path, monkeypatch):
     """A records folder of its own, and the tiny backbone in the place of mini."""
     monkeypatch.setattr(records, "FOLDER", tmp_path / "records")
-    monkeypatch.setattr(draw, "weights_of", lambda name: {"backbone mini": "aa"})
+    monkeypatch.setattr(sheets, "weights_of", lambda name: {"backbone mini": "aa"})
     stand_in = SimpleNamespace(backbone=lambda name: backbone, learn=lambda *_: None, learnt={})
-    monkeypatch.setattr(draw, "study", lambda: stand_in)
+    monkeypatch.setattr(sheets, "study", lambda: stand_in)
     return tmp_path / "records"
 
 
@@ -153,10 +153,10 @@ def test_images_are_made_once_and_kept_with_their_record(stored, monkeypatch):
     assert again == record and np.array_equal(same, images)
 
     # other weights: made anew
-    monkeypatch.setattr(draw, "weights_of", lambda name: {"backbone mini": "bb"})
+    monkeypatch.setattr(sheets, "weights_of", lambda name: {"backbone mini": "bb"})
     with pytest.raises(AssertionError, match="made although stored"):
         sheets.stored_images(config)
-    monkeypatch.setattr(draw, "weights_of", lambda name: {"backbone mini": "aa"})
+    monkeypatch.setattr(sheets, "weights_of", lambda name: {"backbone mini": "aa"})
 
     # pixels that are not the record's are noticed
     (path,) = (stored / "images").glob("*.png")
@@ -171,7 +171,7 @@ def assert_same(one: np.ndarray, other: np.ndarray) -> None:
 
 
 def test_a_process_begins_and_ends_where_the_pipeline_does(stored, backbone, monkeypatch):
-    monkeypatch.setattr(draw, "World", lambda seed: escd.World(seed=seed))
+    monkeypatch.setattr(sheets, "World", lambda seed: escd.World(seed=seed))
     config = sheets.ProcessConfig("a star", sample=3, shown=(2, 1, 0), steps=2)
     # the tiny backbone takes pictures of the world at 64 px too: its latents are larger, the steps the same
     monkeypatch.setattr(type(backbone), "latent_shape", property(lambda self: (4, 32, 32)))

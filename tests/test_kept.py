@@ -11,7 +11,7 @@ import torch
 from escd import records
 from escd.evaluation import kept
 from escd.evaluation.references import load_references
-from escd.method import step
+from escd.method import tuning
 from escd.method.config import TuningConfig
 from escd.method.customization import load_customization
 
@@ -44,7 +44,7 @@ def test_what_was_learnt_is_found_again_and_says_how_it_came_about(learn, tmp_pa
 
 
 def test_an_interrupt_reaches_the_caller_and_keeps_nothing(learn, tmp_path, monkeypatch):
-    steps, predicted = [], step.predicted
+    steps, predicted = [], tuning.predicted
 
     def interrupted(*given):
         steps.append(1)
@@ -52,7 +52,7 @@ def test_an_interrupt_reaches_the_caller_and_keeps_nothing(learn, tmp_path, monk
             raise KeyboardInterrupt
         return predicted(*given)
 
-    monkeypatch.setattr(step, "predicted", interrupted)
+    monkeypatch.setattr(tuning, "predicted", interrupted)
     with pytest.raises(KeyboardInterrupt):
         learn()
     assert not (tmp_path / "kept").exists()

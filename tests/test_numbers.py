@@ -19,6 +19,7 @@ from escd.evaluation.configs import (
     ObedienceConfig,
     StudyConfig,
     alike_configs,
+    backbone_configs,
     configs,
     rank_configs,
 )
@@ -87,7 +88,7 @@ def stored(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "study", lambda: stand_in)
     monkeypatch.setattr(results, "weights_of", lambda backbone: {"backbone mini": "aa"})
     monkeypatch.setattr(records, "FOLDER", tmp_path)
-    for config in [*configs(LISTED), *numbers.backbone_configs()]:
+    for config in [*configs(LISTED), *backbone_configs()]:
         records.get(config, made_up, inputs=stand_in.inputs(config), device="cpu")
     for attribute in ("shape", "appearance"):
         costs = {"steps": 200, "seconds": 31.4, "megabytes": 4.2}

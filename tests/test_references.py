@@ -34,7 +34,7 @@ def test_a_bundled_list(which):
 
 
 def test_the_two_lists_share_no_silhouette_and_no_photograph():
-    folder = Path(references.__file__).parent / "data" / "references"
+    folder = references.BUNDLED
     evaluation, development = (json.loads((folder / f"{which}.json").read_text()) for which in LISTS)
 
     def sources(listed):

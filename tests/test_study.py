@@ -20,9 +20,9 @@ from escd.evaluation.configs import (
 )
 from escd.evaluation.judges import Judge, Judges
 from escd.evaluation.prompts import prompts_for
-from escd.evaluation.references import load_references
+from escd.evaluation.references import load_references, named_outlines
 from escd.loading import load_backbone
-from escd.method import step
+from escd.method import tuning
 from escd.method.config import TuningConfig
 
 
@@ -40,7 +40,7 @@ def made(backbone, monkeypatch, tmp_path) -> study.Study:
     monkeypatch.setattr(study, "load_backbone", lambda name, device: backbone)
     monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
     (tmp_path / "weights" / "judges").mkdir(parents=True)
-    monkeypatch.setattr(study, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(study.paths, "WEIGHTS", tmp_path / "weights")
     return study.Study()
 
 
@@ -82,7 +82,7 @@ def test_prompts_of_a_pair_avoid_both_backgrounds(listed):
 def test_other_colours_and_shapes():
     red = torch.tensor([0.86, 0.1, 0.1])[:, None, None].expand(3, 64, 64)
     assert set(COLOURS) - set(prompts.other_colours(red)) == {"red"}
-    star = study.named_outlines()[3 * SHAPES.index("star")]
+    star = named_outlines()[3 * SHAPES.index("star")]
     assert "star" not in prompts.other_shapes(star) and "ring" in prompts.other_shapes(star)
 
 
@@ -145,7 +145,7 @@ def test_runs_are_scored_stored_and_repeat(made, listed, tmp_path):
 
 
 def test_an_interrupted_arm_leaves_no_record_and_nothing_kept(made, listed, tmp_path, monkeypatch):
-    steps, predicted = [], step.predicted
+    steps, predicted = [], tuning.predicted
 
     def interrupted(*given):
         steps.append(1)
@@ -153,7 +153,7 @@ def test_an_interrupted_arm_leaves_no_record_and_nothing_kept(made, listed, tmp_
             raise KeyboardInterrupt
         return predicted(*given)
 
-    monkeypatch.setattr(step, "predicted", interrupted)
+    monkeypatch.setattr(tuning, "predicted", interrupted)
     config = TuningConfig.of("shape", "encoder", steps=3, views=4)
     config = StudyConfig("shape", listed[0].id, "customized", config, **SHORT)
     with pytest.raises(KeyboardInterrupt):

@@ -67,7 +67,7 @@ def test_the_perceptual_term_asks_for_the_same_tokens(perceptual, images):
 
 def test_an_autoencoder_of_more_latents_is_trained_and_scored(tmp_path, monkeypatch, images):
     monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(trials.records, "ROOT", tmp_path)
+    monkeypatch.setattr(trials.paths, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(trials, "image_sets", lambda: {"tiles": (images, images)})
     metrics = trials.score(TrialConfig("autoencoder", "16 latents", 32))
     assert metrics["latents"] == 16 and metrics["scores"][-1]["images"] == 32

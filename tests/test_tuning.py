@@ -461,7 +461,8 @@ def test_the_first_step_at_a_rank_sees_the_untouched_unet(backbone, picture):
 def test_where_only_float16_is_fast_gradients_are_scaled(backbone, picture, monkeypatch):
     # As on a GPU before Ampere.
     exact = escd.customize(picture, "shape", backbone, config=quick("shape", steps=8), progress=False)
-    monkeypatch.setattr(step_module, "autocast_dtype", lambda device, dtype=None: torch.float16)
+    for module in (step_module, tuning):  # the arithmetic, and the scaling of gradients
+        monkeypatch.setattr(module, "autocast_dtype", lambda device, dtype=None: torch.float16)
     scaled = []
     step = torch.amp.GradScaler.step
     monkeypatch.setattr(
@@ -791,7 +792,7 @@ def test_the_noise_level_says_how_noisy_the_views_are(backbone, picture, monkeyp
     for level in (-2.0, 2.0):
         seen = []
         monkeypatch.setattr(
-            step_module, "predicted", lambda *a, seen=seen: seen.append(a[2].t) or predicted(*a)
+            tuning, "predicted", lambda *a, seen=seen: seen.append(a[2].t) or predicted(*a)
         )
         config = quick("shape", noise_level=level, steps=24, batch_size=8)
         escd.customize(picture, "shape", backbone, config=config, progress=False)
