@@ -11,7 +11,7 @@ endif
 
 help:
 	@echo "make figures   draw the paper's figures from the records, then run two of the records again"
-	@echo "make test      ruff, pytest and every notebook once"
+	@echo "make test      ruff (rules and format), pytest and every notebook once"
 	@echo "make study     run what the records do not hold yet; stop and go on at any time (WORKERS=n processes)"
 	@echo "make pretrain  train the mini backbone from nothing; stop and go on at any time (hours on a CPU)"
 	@echo "make lab       open the notebooks in JupyterLab"
@@ -29,6 +29,7 @@ figures: .venv/installed
 
 test: .venv/installed
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
 	@echo "All passed: ruff, the tests and every notebook. The notebooks as run just now: build/notebooks/"
 

@@ -791,9 +791,7 @@ def test_the_noise_level_says_how_noisy_the_views_are(backbone, picture, monkeyp
     met: dict[float, torch.Tensor] = {}
     for level in (-2.0, 2.0):
         seen = []
-        monkeypatch.setattr(
-            tuning, "predicted", lambda *a, seen=seen: seen.append(a[2].t) or predicted(*a)
-        )
+        monkeypatch.setattr(tuning, "predicted", lambda *a, seen=seen: seen.append(a[2].t) or predicted(*a))
         config = quick("shape", noise_level=level, steps=24, batch_size=8)
         escd.customize(picture, "shape", backbone, config=config, progress=False)
         met[level] = torch.cat(seen)

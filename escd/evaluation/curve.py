@@ -1,4 +1,4 @@
-"""What `mini` can do at each checkpoint of its training: `python -m escd.curve` makes the records.
+"""What `mini` can do at each checkpoint of its training: `python -m escd.evaluation.curve` makes the records.
 
 Training keeps the averaged model of every evaluation under `runs/pretrain/<stage>/checkpoints/<images>`. Each
 UNet is asked a fixed set of prompts and tuned on a few development references, each autoencoder rebuilds
@@ -61,7 +61,7 @@ class ReconstructionCurveConfig:
 
 
 def score_autoencoder(config: ReconstructionCurveConfig, folder: Path) -> dict[str, Any]:
-    """PSNR and kept detail of each set of pictures (`escd.study.autoencoder_scores`)."""
+    """PSNR and kept detail of each set of pictures (`escd.evaluation.autoencoder.autoencoder_scores`)."""
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
     metrics: dict[str, Any] = {}
     for name, (images, others) in image_sets().items():
@@ -148,7 +148,7 @@ def in_words(record: records.Record) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Score the checkpoints that have no record yet."""
-    parser = argparse.ArgumentParser(prog="python -m escd.curve", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m escd.evaluation.curve", description=main.__doc__)
     parser.add_argument("--stage", choices=STAGES, default="unet")
     parser.add_argument(
         "--checkpoints", type=Path, metavar="FOLDER", help="default: where training keeps them"

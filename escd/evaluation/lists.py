@@ -1,6 +1,6 @@
 """How the lists of real silhouettes and real materials were chosen: by a rule, not by hand.
 
-`python -m escd.lists FOLDER` reads `FOLDER/silhouettes`, `FOLDER/pierced` (PNG, white on black, 128 px) and
+`python -m escd.evaluation.lists FOLDER` reads `FOLDER/silhouettes`, `FOLDER/pierced` (PNG, white on black, 128 px) and
 `FOLDER/materials` (WebP, 128 px tiles) and writes `real.json` and `real-development.json` into
 `escd/data/references`, with the chosen files, byte for byte, beside them. `load_references` reads those.
 
@@ -185,7 +185,7 @@ def _entry(path: Path, target: Path) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Choose the lists of real silhouettes and materials and write them into escd/data/references."""
-    parser = argparse.ArgumentParser(prog="python -m escd.lists", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m escd.evaluation.lists", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="holds silhouettes, pierced and materials")
     write(parser.parse_args(argv).folder)
 

@@ -1,7 +1,7 @@
 """What is in a picture: its silhouette, the look of what is inside, and how near both are to a reference.
 
 Images are float tensors (N, 3, H, W) in [-1, 1]; masks are (N, H, W), true (or 1) on the object. Nothing
-here is learned; the judges of named attributes are in `escd.judges`.
+here is learned; the judges of named attributes are in `escd.evaluation.judges`.
 """
 
 from __future__ import annotations

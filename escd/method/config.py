@@ -29,7 +29,7 @@ RATES = {
 RATES["adamw8bit"] = RATES["adamw"]
 STEPS = {"shape": 160, "appearance": 40}
 # Noised views a step. Half the steps of twice the views learn a shape as well, in less time
-# (`escd/pretrain/README.md`): a step of Muon's costs the same for any number of views.
+# (`docs/notes/2026-11-27-tuning.md`): a step of Muon's costs the same for any number of views.
 BATCH_SIZES = {"shape": 16, "appearance": 8}
 # Share of the views in which the other attribute is changed. From the reference as it is, a shape learns some
 # of its appearance too.
@@ -42,7 +42,7 @@ WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
 VIEWS = {"shape": 192, "appearance": 64}
 DROPOUT = {"shape": 0.15, "appearance": 0.0}
 # Around which logarithm of noise over signal a shape is learnt: where outlines are settled. Timesteps drawn
-# uniformly lie higher, and learn less in as many steps (`escd/pretrain/README.md`). None: uniform timesteps.
+# uniformly lie higher, and learn less in as many steps (`docs/notes/2026-11-27-tuning.md`). None: uniform timesteps.
 NOISE_LEVELS = {"shape": 0.4, "appearance": None}
 # Factors of a change start with one of the two at zero, and move the weights less for the same step.
 LOW_RANK_RATE = 5.0

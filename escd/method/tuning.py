@@ -66,7 +66,7 @@ def customize(
     keep_interrupted=False the interrupt goes on to the caller, as it must where the result counts as one
     of all its steps. checkpointing: compute the UNet's inner results again on the way back instead of
     keeping them (Chen et al. 2016): the same result for a fraction of the memory and about a third more
-    time; None does so where a GPU's memory would not do otherwise (`escd.cost`). config: all of these
+    time; None does so where a GPU's memory would not do otherwise (`escd.method.cost`). config: all of these
     numbers at once, from `TuningConfig.of`. The backbone itself is not changed.
 
     Raises ValueError or TypeError for an unknown attribute or part, for bad numbers and for a number that

@@ -201,7 +201,7 @@ def spoil(images: Tensor, draws: CounterRNG) -> Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     """Train the judges and print their validation."""
-    parser = argparse.ArgumentParser(prog="python -m escd.judges", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m escd.pretrain.judges", description=main.__doc__)
     parser.add_argument(
         "--vae",
         type=Path,
