@@ -1,7 +1,7 @@
 """How the lists of real silhouettes and real materials were chosen: by a rule, not by hand.
 
-`python -m escd.evaluation.lists FOLDER` reads `FOLDER/silhouettes`, `FOLDER/pierced` (PNG, white on black, 128 px) and
-`FOLDER/materials` (WebP, 128 px tiles) and writes `real.json` and `real-development.json` into
+`python -m escd.evaluation.lists FOLDER` reads `FOLDER/silhouettes`, `FOLDER/pierced` (PNG, white on black,
+128 px) and `FOLDER/materials` (WebP, 128 px tiles) and writes `real.json` and `real-development.json` into
 `escd/data/references`, with the chosen files, byte for byte, beside them. `load_references` reads those.
 
 Files are taken in the order of a hash of their names, one a category, where they pass:

@@ -8,8 +8,8 @@ candidates of every retrieval score; the first of each are paired into reference
 silhouettes and materials can take their place.
 
 The lists "real" and "real-development" hold photographed materials that are stationary, and silhouettes of
-things, a third of them pierced; `escd.evaluation.lists` says how they were chosen, a NOTICE beside them whose they are.
-On these, texture and colour are scored apart (`escd.evaluation.texture`).
+things, a third of them pierced; `escd.evaluation.lists` says how they were chosen, a NOTICE beside them whose
+they are. On these, texture and colour are scored apart (`escd.evaluation.texture`).
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
 VIEWS = {"shape": 192, "appearance": 64}
 DROPOUT = {"shape": 0.15, "appearance": 0.0}
 # Around which logarithm of noise over signal a shape is learnt: where outlines are settled. Timesteps drawn
-# uniformly lie higher, and learn less in as many steps (`docs/notes/2026-11-27-tuning.md`). None: uniform timesteps.
+# uniformly lie higher, and learn less in as many steps (`docs/notes/2026-11-27-tuning.md`). None: uniform
+# timesteps.
 NOISE_LEVELS = {"shape": 0.4, "appearance": None}
 # Factors of a change start with one of the two at zero, and move the weights less for the same step.
 LOW_RANK_RATE = 5.0

@@ -3,8 +3,8 @@
 `mini`'s filters learn together with its UNet (`escd.pretrain.unet`). A large text-to-image model has words
 between its words already and stays frozen here; the filters learn to write them from a person's own images.
 Nobody has labelled these, so the pairs are made: of one image two views that share its shape (or its
-appearance) and nothing else, as tuning makes them (`escd.method.views.views_of`), one for the filter to read and
-one to be denoised under a prompt that says the rest.
+appearance) and nothing else, as tuning makes them (`escd.method.views`), one for the filter to read and one
+to be denoised under a prompt that says the rest.
 """
 
 from __future__ import annotations

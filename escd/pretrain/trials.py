@@ -123,8 +123,8 @@ def loop_of(config: TrialConfig, recipe: loop.LoopConfig) -> loop.LoopConfig:
 def score(config: TrialConfig) -> dict[str, Any]:
     """Train and score; "scores" hold what the training said of itself along the way.
 
-    Of the autoencoder also `escd.evaluation.autoencoder.autoencoder_scores` of each set of pictures. A killed training goes on
-    where it was; the state of one that was scored is thrown away.
+    Of the autoencoder also `evaluation.autoencoder.autoencoder_scores` of each set of pictures. A killed
+    training goes on where it was; the state of one that was scored is thrown away.
     """
     scratch = paths.RUNS / "trials" / _name(config)
     scratch.mkdir(parents=True, exist_ok=True)
