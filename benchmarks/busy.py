@@ -22,7 +22,7 @@ BEFORE, AFTER = "as PyTorch comes", "as escd sets it"
 PROCESS = """
 import {first}, sys, warnings
 import escd
-from escd.references import load_references
+from escd.evaluation.references import load_references
 backbone, image = escd.load_backbone("mini", device="cpu"), load_references()[0].image
 escd.customize(image, "shape", backbone, steps=1, progress=False)
 print("ready", flush=True)

@@ -31,7 +31,7 @@ def shown(cell: str) -> str:
     return printed.getvalue()
 
 
-START = "from escd.images import open_image\nfrom escd.notebook import in_one_line\nwith in_one_line():\n    "
+START = "from escd.data.images import open_image\nfrom escd.notebook import in_one_line\nwith in_one_line():\n    "
 
 
 @pytest.mark.parametrize("name", ["hores.png", "notes.txt"])

@@ -170,7 +170,7 @@ class Backbone:
     def encode_prompt(
         self, prompts: Iterable[str] | str, pseudo_words: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Text conditioning tau(c) (B, L, D) of `prompts`, with pseudo-words (`escd.prompts.encode`)."""
+        """Text conditioning tau(c) (B, L, D) of `prompts`, with pseudo-words (`prompts.encode`)."""
         return reading.encode(self.tokenizer, self.text_encoder, prompts, pseudo_words)
 
     def encode_ids(self, ids: Tensor, pseudo_words: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -66,7 +66,7 @@ def parameters_of(unet: nn.Module, part: str) -> dict[str, nn.Parameter]:
 def half_named(part: str) -> str | None:
     """ "encoder" or "decoder" when every place in `part` lies in that half, in whatever order; else None.
 
-    For a part whose UNet is not at hand; `escd.halves.half_of` looks at the parameters themselves. The places
+    For a part whose UNet is not at hand; `halves.half_of` looks at the parameters themselves. The places
     `res.N` lie on both sides.
     """
     blocks = {"down": "encoder", "up": "decoder"}

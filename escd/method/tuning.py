@@ -55,7 +55,7 @@ def customize(
     """Learn one attribute of one image: a pseudo-word, and the change of one part of the UNet (paper, Eq. 6).
 
     image: a path, a PIL image, or a tensor (3, H, W) in [-1, 1]; the whole frame is the reference, padded
-    to a square as `escd.images` says, unless `mask` (white on the subject) or the image's own
+    to a square as `escd.data.images` says, unless `mask` (white on the subject) or the image's own
     transparency confines the loss; without them, a picture in which no silhouette is found gives a
     warning. attribute: "shape", "appearance", or an `Attribute` of your own. None takes the attribute's
     default for steps, learning_rate and part, and 0 for the seed. steps: 0 gives the attribute filter's
