@@ -31,7 +31,11 @@ def shown(cell: str) -> str:
     return printed.getvalue()
 
 
-START = "from escd.data.images import open_image\nfrom escd.notebook import in_one_line\nwith in_one_line():\n    "
+START = """
+from escd.data.images import open_image
+from escd.notebook import in_one_line
+with in_one_line():
+    """
 
 
 @pytest.mark.parametrize("name", ["hores.png", "notes.txt"])
