@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from .waiting import wait_briefly
 
 wait_briefly()  # before anything here imports torch
 
-from .backbone import parts
-from .backbone.image_tower import ImageTower
-from .backbone.model import Backbone
-from .backbone.trace import Trace
-from .data.world import World
-from .loading import load_backbone
-from .method.attributes import ATTRIBUTES, Attribute
-from .method.config import TuningConfig
-from .method.cost import require_memory, tuning_cost
-from .method.customization import Customization, load_customization
-from .method.encoder import extract_features
-from .method.export import export
-from .method.fusion import AttributeFilter, pseudo_word
-from .method.low_rank import low_rank
-from .method.pipeline import ESCDPipeline
-from .method.tuning import customize
-
 if TYPE_CHECKING:
+    from . import parts
+    from .backbone.image_tower import ImageTower
+    from .backbone.model import Backbone
+    from .backbone.trace import Trace
+    from .data.world import World
+    from .loading import load_backbone
+    from .method.attributes import ATTRIBUTES, Attribute
+    from .method.config import TuningConfig
+    from .method.cost import require_memory, tuning_cost
+    from .method.customization import Customization, load_customization
+    from .method.encoder import extract_features
+    from .method.export import export
+    from .method.fusion import AttributeFilter, pseudo_word
+    from .method.low_rank import low_rank
+    from .method.pipeline import ESCDPipeline
+    from .method.tuning import customize
     from .sliders import attribute_sliders
 
 __version__ = "0.1.0"
@@ -53,11 +53,37 @@ __all__ = [
     "tuning_cost",
 ]
 
+# Each is imported on first access: torch takes seconds, and an error on the command line does not need it.
+_MODULES = {
+    ".backbone.image_tower": ("ImageTower",),
+    ".backbone.model": ("Backbone",),
+    ".backbone.trace": ("Trace",),
+    ".data.world": ("World",),
+    ".loading": ("load_backbone",),
+    ".method.attributes": ("ATTRIBUTES", "Attribute"),
+    ".method.config": ("TuningConfig",),
+    ".method.cost": ("require_memory", "tuning_cost"),
+    ".method.customization": ("Customization", "load_customization"),
+    ".method.encoder": ("extract_features",),
+    ".method.export": ("export",),
+    ".method.fusion": ("AttributeFilter", "pseudo_word"),
+    ".method.low_rank": ("low_rank",),
+    ".method.pipeline": ("ESCDPipeline",),
+    ".method.tuning": ("customize",),
+    ".sliders": ("attribute_sliders",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
 
 def __getattr__(name: str) -> object:
-    # The widget needs ipywidgets, which a command line does not.
-    if name == "attribute_sliders":
-        from .sliders import attribute_sliders
+    if name == "parts":
+        return importlib.import_module(".parts", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name], __name__), name)
+    globals()[name] = value  # asked for once
+    return value
 
-        return attribute_sliders
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,11 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
+import escd.backbone.hub
+import escd.backbone.image_tower
+import escd.backbone.layout
 import escd.backbone.model
+import escd.loading
 from escd import Backbone, ImageTower, load_backbone
 from escd.backbone.devices import as_device, choose_device
 from escd.backbone.folder import load_scheduler, save_backbone
