@@ -60,7 +60,7 @@ class Record:
     # When the run ended, in UTC; None in records older than this field.
     date: str | None = None
     # Of each customization that was scored (`evaluation.kept.About`): when, at which commit, in how many
-    # steps and seconds it was learnt, whether it was kept from an earlier run, and the sha256 of what was scored.
+    # steps and seconds it was learnt, whether an earlier run kept it, and the sha256 of what was scored.
     learnt: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
