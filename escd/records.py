@@ -59,8 +59,8 @@ class Record:
     commit: str | None  # git HEAD, "-dirty" appended when the package differs from it; None outside git
     # When the run ended, in UTC; None in records older than this field.
     date: str | None = None
-    # Of each customization that was scored (`evaluation.kept.About`): when, at which commit, in how many steps and
-    # seconds it was learnt, whether it was kept from an earlier run, and the sha256 of what was scored.
+    # By attribute, how the scored customization was learnt (`evaluation.kept.About`): date, commit, steps,
+    # seconds, sha256, and whether it was kept from an earlier run.
     learnt: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 

@@ -235,15 +235,16 @@ def test_ranks_are_scored_like_the_study(made, listed, tmp_path, monkeypatch):
 def test_parts_alike_in_size(listed):
     unet = load_backbone("mini").unet
     whole, *others = (
-        sum(p.numel() for p in parameters_of(unet, part).values()) for part in ("encoder", *configs.ALIKE)
+        sum(p.numel() for p in parameters_of(unet, part).values())
+        for part in ("encoder", *configs.EQUAL_SIZE)
     )
     assert all(0.9 < other / whole < 1.1 for other in others)
-    for part in configs.ALIKE:
+    for part in configs.EQUAL_SIZE:
         assert set(parameters_of(unet, part)) <= set(parameters_of(unet, "decoder"))
     two = dataclasses.replace(listed, references=listed.references[:2])
-    grid = configs.alike_configs(two)
-    assert len(set(grid)) == len(grid) == 2 * 2 * len(configs.ALIKE)
-    assert {config.arm for config in grid} == set(configs.ALIKE)
+    grid = configs.equal_size_configs(two)
+    assert len(set(grid)) == len(grid) == 2 * 2 * len(configs.EQUAL_SIZE)
+    assert {config.arm for config in grid} == set(configs.EQUAL_SIZE)
     # The rates are the half's own.
     assert {c.tuning.learning_rate for c in grid if c.attribute == "shape"} == {
         TuningConfig.of("shape", "decoder").learning_rate
@@ -326,9 +327,9 @@ def scores(failed=(False, False), **changes):
 
 def test_workers_share_what_is_to_be_learnt(listed):
     grid = [*configs.backbone_configs(), *configs.configs(listed), *configs.rank_configs(listed)]
-    assert configs.share(grid, 0, 1) == grid
-    grid += configs.alike_configs(listed)
-    shares = [configs.share(grid, worker, 2) for worker in (0, 1)]
+    assert configs.shard(grid, 0, 1) == grid
+    grid += configs.equal_size_configs(listed)
+    shares = [configs.shard(grid, worker, 2) for worker in (0, 1)]
     assert sorted(map(records.key_of, [*shares[0], *shares[1]])) == sorted(map(records.key_of, grid))
     learnt = [
         {(c.reference, c.tuning) for c in mine if isinstance(c, StudyConfig) and c.tuning} for mine in shares

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from ..method.config import TuningConfig
 from ..method.cost import require_memory, tuning_cost
 from ..method.pipeline import ESCDPipeline
 from . import measure
+from .configs import SamplingConfig
 from .kept import learn_now
 
 # Where things are asked for: the contexts of the DreamBooth data set's prompts.
@@ -70,19 +71,17 @@ MASK = ".mask"  # of NAME.png: NAME.mask.png
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(SamplingConfig):
     """One subject: its attribute learnt from one image, or the floor."""
 
     subject: str
     tuning: TuningConfig
-    backbone: str
+    backbone: str = field(kw_only=True)  # without a default
     floor: bool = False
     prompts: int = len(SCENES)
     # For each prompt.
     images: int = 1
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 7.5
+    guidance_scale: float = field(default=7.5, kw_only=True)
     # Which networks score.
     clip: str = OPENCLIP.architecture
     dino: str | None = None

@@ -16,8 +16,19 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)  # of a customization's change
 Kind = Literal["floor", "customized", "ceiling", "lossless", "flat", "copy"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How images are generated: what the configs of generated images share."""
+
+    backbone: str = "mini"
+    # Seed of the first image's noise; image i has seed + i.
+    seed: int = 0
+    sampler_steps: int = 25
+    guidance_scale: float = 4.0
+
+
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(SamplingConfig):
     """One attribute of one reference: tuned, or a control of the same prompts."""
 
     # "shape" or "appearance".
@@ -33,11 +44,6 @@ class StudyConfig:
     # Which list the reference and its candidates are from: of LISTS, of REAL_LISTS, or "folder", "folder 2"
     # and so on.
     list: str = "evaluation"
-    backbone: str = "mini"
-    # First seed of the pictures' noise.
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 4.0
 
     def __post_init__(self) -> None:
         if self.kind == "flat" and self.attribute != "appearance":
@@ -53,7 +59,7 @@ class StudyConfig:
 
 
 @dataclass(frozen=True)
-class CompositionConfig:
+class CompositionConfig(SamplingConfig):
     """The shape of one reference with the appearance of another, in one pass a step."""
 
     shape: str
@@ -62,10 +68,6 @@ class CompositionConfig:
     shape_tuning: TuningConfig | None = None
     appearance_tuning: TuningConfig | None = None
     list: str = "evaluation"
-    backbone: str = "mini"
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 4.0
 
     def __post_init__(self) -> None:
         if self.kind == "copy":
@@ -80,7 +82,7 @@ class CompositionConfig:
 
 
 @dataclass(frozen=True)
-class RankConfig:
+class RankConfig(SamplingConfig):
     """A customization of the study brought to a low rank, and asked what `StudyConfig` asks."""
 
     attribute: str
@@ -91,21 +93,13 @@ class RankConfig:
     # Leave out what an exported LoRA cannot carry: the changes of biases and norms.
     exportable: bool = False
     list: str = "evaluation"
-    backbone: str = "mini"
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 4.0
 
 
 @dataclass(frozen=True)
-class ObedienceConfig:
+class ObedienceConfig(SamplingConfig):
     """Fresh prompts with named attributes, one picture each, judged."""
 
     prompts: int = 512
-    backbone: str = "mini"
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +132,7 @@ def _arm(kind: str, tuning: TuningConfig | None) -> str:
 PARTS = ("encoder", "decoder", "all")
 # Parts of the decoder with about as many weights as the encoder (on `mini` 2.13 and 1.88 million beside 2.08;
 # the decoder has 5.32), to tell what a half can do from what its size can.
-ALIKE = ("decoder/attentions", "up.1")
+EQUAL_SIZE = ("decoder/attentions", "up.1")
 
 
 def configs(
@@ -196,13 +190,13 @@ def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -
     return grid
 
 
-def alike_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -> list[StudyConfig]:
-    """Both attributes, learnt in each part of the decoder that is as large as the encoder (`ALIKE`)."""
-    grid = configs(listed, backbone=backbone, parts=ALIKE, seed=seed, composition=False)
-    return [config for config in grid if config.arm in ALIKE]
+def equal_size_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -> list[StudyConfig]:
+    """Both attributes, learnt in each part of the decoder that is as large as the encoder (`EQUAL_SIZE`)."""
+    grid = configs(listed, backbone=backbone, parts=EQUAL_SIZE, seed=seed, composition=False)
+    return [config for config in grid if config.arm in EQUAL_SIZE]
 
 
-def share(grid: Sequence[Any], worker: int, workers: int) -> list[Any]:
+def shard(grid: Sequence[Any], worker: int, workers: int) -> list[Any]:
     """What one of several workers runs of a grid: all runs of every so many references.
 
     Each reference is learnt in the same ways, so that no worker has more to learn than another, and what one

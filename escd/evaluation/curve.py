@@ -29,7 +29,7 @@ from ..loading import load_backbone
 from ..method.config import TuningConfig
 from ..method.fusion import AttributeFilter
 from .autoencoder import autoencoder_scores, image_sets
-from .configs import ObedienceConfig, StudyConfig
+from .configs import ObedienceConfig, SamplingConfig, StudyConfig
 from .references import load_references
 from .study import Study
 
@@ -39,17 +39,13 @@ STAGES = ("unet", "autoencoder")
 
 
 @dataclass(frozen=True)
-class CurveConfig:
+class CurveConfig(SamplingConfig):
     """One checkpoint: how many images its UNet has seen, and what it is asked."""
 
     images: int
     prompts: int = 256
     # The first so many of the development list; with none, nothing is tuned.
     references: int = 3
-    backbone: str = "mini"
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 4.0
 
 
 @dataclass(frozen=True)

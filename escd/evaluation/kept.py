@@ -26,7 +26,6 @@ from ..data.images import Source
 from ..files import write_text
 from ..method.config import TuningConfig
 from ..method.customization import Customization, load_customization
-from ..method.delta import LowRank
 from ..method.tuning import customize
 from .references import Reference
 
@@ -126,14 +125,8 @@ def key_of(
 
 def sha256_of(customization: Customization) -> str:
     """sha256 of what changes a picture: the attribute, the part, the pseudo-word and the weights' changes."""
-    tensors = {"pseudo_word": customization.pseudo_word}
-    for name, change in customization.delta.items():
-        if isinstance(change, LowRank):
-            tensors |= {f"up.{name}": change.up, f"down.{name}": change.down}
-        else:
-            tensors[f"delta.{name}"] = change
     digest = hashlib.sha256(json.dumps([asdict(customization.attribute), customization.part]).encode())
-    _update(digest, tensors)
+    _update(digest, customization.tensors)
     return digest.hexdigest()
 
 

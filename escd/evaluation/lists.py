@@ -50,7 +50,7 @@ from .references import (
     resized,
 )
 
-PIERCED = 7  # of the CANDIDATES silhouettes of a list: a third
+PIERCED_COUNT = 7  # of the CANDIDATES silhouettes of a list: a third
 CONTRAST = 1.75  # CIELAB lightness: standard deviation inside a quarter, averaged over the quarters
 UNSTEADY = 0.45  # mean difference of a quarter's log band energies from the tile's mean
 DRIFT = 0.3  # deviation of the quarters' mean lightness, as a share of the contrast
@@ -60,7 +60,7 @@ MOST_HOLES = 0.02  # share of the filled outline
 
 # Bands of the spectrum: octaves (cycles a pixel) in four directions.
 OCTAVES = (1 / 40, 1 / 16, 1 / 8, 1 / 4, 1 / 2**0.5)
-DIRECTIONS = 4
+SECTORS = 4
 NOISE = 0.02  # squared CIELAB lightness: less than this in a band is nothing
 
 
@@ -80,11 +80,11 @@ def spectra(pictures: np.ndarray) -> np.ndarray:
     power = np.abs(np.fft.fft2(plain * window)) ** 2 / side**4
     y, x = np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side), indexing="ij")
     frequency, angle = np.hypot(y, x), np.arctan2(y, x)
-    direction = np.round(angle / (np.pi / DIRECTIONS)) % DIRECTIONS
+    direction = np.round(angle / (np.pi / SECTORS)) % SECTORS
     bands = [
         (frequency >= low) & (frequency < high) & (direction == k)
         for low, high in itertools.pairwise(OCTAVES)
-        for k in range(DIRECTIONS)
+        for k in range(SECTORS)
     ]
     return np.log(np.stack([power[:, band].sum(1) for band in bands], 1) + NOISE)
 
@@ -154,7 +154,7 @@ def choose_silhouettes(folder: Path) -> list[list[Path]]:
                 yield path
 
     sources = {True: fitting("pierced"), False: fitting("silhouettes")}
-    turns = [number % 3 == 0 and number // 3 < PIERCED for number in range(CANDIDATES)]
+    turns = [number % 3 == 0 and number // 3 < PIERCED_COUNT for number in range(CANDIDATES)]
     try:
         return [[next(sources[turn]) for turn in turns] for _ in REAL_LISTS]
     except StopIteration:

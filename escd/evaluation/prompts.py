@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import foreground
+from ..data.captions import with_article
 from ..data.names import BACKGROUNDS, COLOUR_RGB, COLOURS, PATTERNS, SHAPES
 from . import measure
 from .references import Reference, named_outlines
@@ -111,7 +112,3 @@ def _cycle(draw: np.random.Generator, names: Sequence[str], count: int) -> list[
     while len(chosen) < count:
         chosen += [names[i] for i in draw.permutation(len(names))]
     return chosen[:count]
-
-
-def with_article(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

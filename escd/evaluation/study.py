@@ -41,11 +41,11 @@ from .configs import (
     ObedienceConfig,
     RankConfig,
     StudyConfig,
-    alike_configs,
     backbone_configs,
     configs,
+    equal_size_configs,
     rank_configs,
-    share,
+    shard,
 )
 from .judges import HEADS, Judgement, Judges, load_judges
 from .prompts import Asked, prompts_for, prompts_for_pair
@@ -127,7 +127,7 @@ class Study:
         """sha256 of what a config's numbers come from: weights of the backbone, judges, references."""
         model = MODELS.get(config.backbone)
         shipped = model is not None and model.folder is not None
-        weights = _folder_sha256(model.folder) if shipped else self.weights(config.backbone)
+        weights = shipped_weights(config.backbone) if shipped else self.weights(config.backbone)
         inputs = {f"backbone {config.backbone}": weights}
         if not isinstance(config, AutoencoderConfig):
             inputs["judges"] = records.sha256(paths.WEIGHTS / "judges")
@@ -246,8 +246,9 @@ def _folder(folder: str | Path, twenty: int) -> References:
 
 
 @cache
-def _folder_sha256(folder: Path) -> str:
-    return records.sha256(folder)
+def shipped_weights(backbone: str) -> str:
+    """sha256 of the files of a backbone that ships with the package."""
+    return records.sha256(MODELS[backbone].folder)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -291,8 +292,8 @@ def main(argv: list[str] | None = None) -> None:
         grid = [*backbone_configs(arguments.backbone), *grid]
     about = {"backbone": arguments.backbone, "seed": arguments.seed}
     further = rank_configs(listed, **about) if arguments.ranks else []
-    further += alike_configs(listed, **about) if arguments.alike else []
-    mine = share([*grid, *further], state.process_index, state.num_processes)
+    further += equal_size_configs(listed, **about) if arguments.alike else []
+    mine = shard([*grid, *further], state.process_index, state.num_processes)
     for config in tqdm(mine, unit="run", disable=not state.is_local_main_process):
         study.run(config, stored)
     state.wait_for_everyone()

@@ -19,7 +19,7 @@ from ..data.names import SIZE
 from . import measure
 
 WAVELENGTHS = (3.0, 5.0, 9.0, 16.0)  # px at 64 px: centres of the bands
-DIRECTIONS = 4
+ORIENTATIONS = 4
 WIDTH = 0.5  # octaves: standard deviation of a band
 # Share of the darkest and of the lightest pixels that are clipped: where a mask takes in a little of the
 # background, those few pixels would have more energy than a faint texture.
@@ -49,11 +49,13 @@ def _filters() -> tuple[np.ndarray, np.ndarray]:
     frequency, angle = np.hypot(y, x), np.arctan2(y, x)
     octave = np.log2(np.maximum(frequency, 1e-9))
     bands = np.stack([np.exp(-((octave + np.log2(w)) ** 2) / (2 * WIDTH**2)) for w in WAVELENGTHS])
-    turned = [np.abs(np.cos(angle - k * np.pi / DIRECTIONS)) ** (DIRECTIONS - 1) for k in range(DIRECTIONS)]
+    turned = [
+        np.abs(np.cos(angle - k * np.pi / ORIENTATIONS)) ** (ORIENTATIONS - 1) for k in range(ORIENTATIONS)
+    ]
     both = bands[:, None] * np.stack(turned)[None]
     counted = np.full(x.shape, 2.0)  # a bin stands for its mirror image too,
     counted[:, [0, -1]] = 1.0  # but for those that are their own
-    energy = (both**2 * counted).reshape(len(WAVELENGTHS) * DIRECTIONS, -1).T
+    energy = (both**2 * counted).reshape(len(WAVELENGTHS) * ORIENTATIONS, -1).T
     return bands.astype(np.float32), energy.astype(np.float32)
 
 
