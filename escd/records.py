@@ -22,7 +22,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,18 @@ def get(
     seconds = time.perf_counter() - start
     about = learnt() if learnt is not None else {}
     return _append(folder, config, key, metrics, inputs, seconds, device, again, about)
+
+
+def missing(
+    configs: Sequence[Any], inputs: Callable[[Any], Mapping[str, str]], *, folder: Path | None = None
+) -> list[Any]:
+    """The configs for which no record is stored that was made from the inputs `inputs(config)`."""
+    folder = FOLDER if folder is None else folder
+    stored = {
+        kind: {(record.key, frozenset(record.inputs.items())) for record in _read(folder, kind)}
+        for kind in {type(config) for config in configs}
+    }
+    return [c for c in configs if (key_of(c), frozenset(inputs(c).items())) not in stored[type(c)]]
 
 
 def measured(

@@ -22,7 +22,6 @@ from escd.evaluation.judges import Judge, Judges
 from escd.evaluation.prompts import prompts_for
 from escd.evaluation.references import load_references, named_outlines
 from escd.loading import load_backbone
-from escd.method import tuning
 from escd.method.config import TuningConfig
 
 
@@ -144,16 +143,7 @@ def test_runs_are_scored_stored_and_repeat(made, listed, tmp_path):
     assert f"references {config.list}" in record.inputs and "judges" in record.inputs
 
 
-def test_an_interrupted_arm_leaves_no_record_and_nothing_kept(made, listed, tmp_path, monkeypatch):
-    steps, predicted = [], tuning.predicted
-
-    def interrupted(*given):
-        steps.append(1)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        return predicted(*given)
-
-    monkeypatch.setattr(tuning, "predicted", interrupted)
+def test_an_interrupted_arm_leaves_no_record_and_nothing_kept(made, listed, tmp_path, interrupted_once):
     config = TuningConfig.of("shape", "encoder", steps=3, views=4)
     config = StudyConfig("shape", listed[0].id, "customized", config, **SHORT)
     with pytest.raises(KeyboardInterrupt):
@@ -408,10 +398,3 @@ def test_fine_energy_is_that_of_fine_detail():
     x = torch.arange(64).float()
     fine, coarse = (torch.cos(2 * np.pi * f * x).expand(1, 3, 64, 64) for f in (24 / 64, 4 / 64))
     assert autoencoder._fine_energy(fine)[0] > 1e6 * autoencoder._fine_energy(coarse)[0]
-
-
-@pytest.mark.parametrize("given", [["--twenty", "2"], ["--twenty", "0", "--folder", "somewhere"]])
-def test_a_list_of_a_folder_needs_a_folder_and_counts_from_one(given, capsys):
-    with pytest.raises(SystemExit):
-        study.main(given)
-    assert "counts the lists of a --folder, from 1" in capsys.readouterr().err

@@ -1,59 +1,47 @@
-"""The probing study: what each part of the UNet takes from one image, and what it should not have taken.
+"""The runs of the probing study: what each part of the UNet transfers from one image, and what leaks.
 
-One run tunes one part on one reference, draws a picture for each of four prompts that ask for something
-*else*, and scores them (paper, section "Protocol"): is the wanted attribute there, was the rest of the
-prompt obeyed, did the unwanted attribute leak? Every run is one frozen config and one record; `python -m
-escd.study` makes those that are missing, under `accelerate launch` spread over the workers, and `table`
-reads them.
+One run tunes one part on one reference, generates an image for each of four prompts that name *other*
+attributes, and scores them (paper, section "Protocol"): does the wanted attribute transfer, is the rest of
+the prompt obeyed, does the unwanted attribute leak? Every run is one frozen config (`configs`) and one
+record; `python -m escd.study` (`study_command`) makes the missing ones, `tables` reads them.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from .. import paths, records
 from ..backbone.hub import MODELS
 from ..backbone.model import Backbone
 from ..data import world
 from ..loading import load_backbone
-from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
 from ..method.customization import Customization
 from ..method.low_rank import low_rank, relative_error
 from ..method.pipeline import ESCDPipeline
-from . import kept, real_tables
+from . import kept
 from .answers import accuracies, still_clear, targets_of
 from .autoencoder import autoencoder_scores, image_sets
 from .configs import (
-    PARTS,
     AutoencoderConfig,
     CompositionConfig,
     JudgesConfig,
     ObedienceConfig,
     RankConfig,
     StudyConfig,
-    backbone_configs,
-    configs,
-    equal_size_configs,
-    rank_configs,
-    shard,
 )
 from .judges import HEADS, Judgement, Judges, load_judges
 from .prompts import Asked, prompts_for, prompts_for_pair
 from .references import LISTS, REAL_LISTS, Reference, References, load_references
 from .scores import painted_answers, prompt_obedience, quiet, right_answers, score_customization, score_images
-from .tables import show, table
 
-RUNS = paths.RUNS / "study"  # what was learnt, so that no part is tuned twice
+RUNS = paths.RUNS / "study"  # keeps the customizations, so that no part is tuned twice
 FULL_RANK = 1 << 20  # above that of any weight
 
 
@@ -130,7 +118,7 @@ class Study:
         weights = shipped_weights(config.backbone) if shipped else self.weights(config.backbone)
         inputs = {f"backbone {config.backbone}": weights}
         if not isinstance(config, AutoencoderConfig):
-            inputs["judges"] = records.sha256(paths.WEIGHTS / "judges")
+            inputs["judges"] = _sha256(paths.WEIGHTS / "judges")
         if isinstance(config, StudyConfig | CompositionConfig | RankConfig):
             inputs[f"references {config.list}"] = self.references(config.list).sha256
         return inputs
@@ -245,61 +233,11 @@ def _folder(folder: str | Path, twenty: int) -> References:
     return load_references(folder, twenty=twenty)
 
 
-@cache
 def shipped_weights(backbone: str) -> str:
     """sha256 of the files of a backbone that ships with the package."""
-    return records.sha256(MODELS[backbone].folder)
+    return _sha256(MODELS[backbone].folder)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Make the records of the study that are missing, then print its table."""
-    parser = argparse.ArgumentParser(prog="python -m escd.study", description=main.__doc__)
-    parser.add_argument("--backbone", default="mini", help="what load_backbone is to load (default: mini)")
-    parser.add_argument(
-        "--list", choices=(*LISTS, *REAL_LISTS), default="evaluation", help="references (default: evaluation)"
-    )
-    parser.add_argument("--folder", type=Path, help="use its silhouettes/*.png and materials/*.webp instead")
-    parser.add_argument(
-        "--twenty", type=int, default=1, metavar="K", help="the folder's K-th list of twenty (default: 1)"
-    )
-    parser.add_argument("--references", type=int, metavar="N", help="the first N references only")
-    parser.add_argument("--attributes", nargs="+", choices=tuple(ATTRIBUTES), default=tuple(ATTRIBUTES))
-    parser.add_argument(
-        "--parts", nargs="+", default=PARTS, help="parts to tune (default: encoder decoder all)"
-    )
-    parser.add_argument("--ranks", action="store_true", help="also what is left of each at a low rank")
-    parser.add_argument(
-        "--alike", action="store_true", help="also the parts of the decoder that are of mini's encoder's size"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--records", type=Path, help="folder of the records (default: figures/records, or runs)"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.twenty < 1 or (arguments.twenty > 1 and not arguments.folder):
-        parser.error("--twenty counts the lists of a --folder, from 1")
-    torch.set_num_threads(1)  # so that one worker gives the bits that several give
-    state = PartialState(cpu=not torch.cuda.is_available())
-    study = Study(arguments.folder, state.device if state.device.type == "cuda" else None)
-    # What a stranger's folder gives is no number of this project's.
-    stored = arguments.records or (RUNS / "records" if arguments.folder else records.FOLDER)
-    listed = study.references(f"folder {arguments.twenty}" if arguments.folder else arguments.list)
-    if arguments.references is not None:
-        listed = replace(listed, references=listed.references[: arguments.references])
-    chosen = {name: getattr(arguments, name) for name in ("backbone", "attributes", "parts", "seed")}
-    grid: list[Any] = configs(listed, **chosen)
-    if not arguments.folder:
-        grid = [*backbone_configs(arguments.backbone), *grid]
-    about = {"backbone": arguments.backbone, "seed": arguments.seed}
-    further = rank_configs(listed, **about) if arguments.ranks else []
-    further += equal_size_configs(listed, **about) if arguments.alike else []
-    mine = shard([*grid, *further], state.process_index, state.num_processes)
-    for config in tqdm(mine, unit="run", disable=not state.is_local_main_process):
-        study.run(config, stored)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        made = (records.get(c, folder=stored, inputs=study.inputs(c)) for c in (*grid, *further))
-        if arguments.list in REAL_LISTS and not arguments.folder:
-            print(real_tables.markdown(real_tables.real_tables(made)))
-        else:
-            print(show(table(made)))
+@cache
+def _sha256(folder: Path) -> str:
+    return records.sha256(folder)
