@@ -38,7 +38,7 @@ def test_what_was_learnt_is_found_again_and_says_how_it_came_about(learn, tmp_pa
     assert not first.kept and again.kept and first.about == again.about
     assert first.about.steps == 3 and first.about.seconds > 0 and first.about.commit == records.commit()
     assert first.about.sha256 == kept.sha256_of(again.customization)
-    assert again.told() == {**dataclasses.asdict(first.about), "kept": True}
+    assert again.as_dict() == {**dataclasses.asdict(first.about), "kept": True}
     assert sorted(path.suffix for path in (tmp_path / "kept").iterdir()) == [".json", ".safetensors"]
 
 

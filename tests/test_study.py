@@ -96,7 +96,7 @@ def test_named_prompts_cover_everything_evenly():
 # ---- scores
 
 
-def test_right_answers_score_as_right(listed, backbone, monkeypatch):
+def test_oracle_images_score_as_right(listed, backbone, monkeypatch):
     """Without an autoencoder in between, what a prompt asks for is found by every measure."""
     monkeypatch.setattr(type(backbone), "encode_images", lambda self, images: images)
     monkeypatch.setattr(type(backbone), "decode_latents", lambda self, latents: latents)
@@ -105,7 +105,7 @@ def test_right_answers_score_as_right(listed, backbone, monkeypatch):
     for reference in listed.references[:4]:
         for mode in found:
             asked = prompts_for(reference, mode)
-            images = scores_module.right_answers(asked, reference, reference, backbone)
+            images = scores_module.oracle_reconstructions(asked, reference, reference, backbone)
             scores = scores_module.score_images(
                 images, asked, reference, reference, listed, judges.load_judges()
             )
@@ -123,7 +123,7 @@ def test_right_answers_score_as_right(listed, backbone, monkeypatch):
 
 def test_a_picture_without_foreground_has_no_scores(listed):
     plain = torch.full((1, 3, 64, 64), 0.1)
-    one = prompts.Asked("", "gray", shape="star")
+    one = prompts.Prompt("", "gray", shape="star")
     scores = scores_module.score_images(plain, [one], listed[0], listed[0], listed, judges.load_judges())
     assert scores["failed"] == [True] and scores["iou"] == [None] and scores["material"] == [None]
     assert scores["obeyed_shape"] == [False]

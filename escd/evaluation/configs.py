@@ -182,7 +182,7 @@ def configs(
 
 
 def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -> list[RankConfig]:
-    """Each attribute with its default tuning: in full, at each of `RANKS`, and as far as it can be exported."""
+    """Each attribute with its default tuning: in full, at each of `RANKS`, and as exported."""
     grid = []
     for reference in listed:
         for attribute in ATTRIBUTES:

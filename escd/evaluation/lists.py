@@ -120,23 +120,23 @@ def choose_materials(folder: Path) -> list[list[Path]]:
             good.setdefault(category(path), []).append((path, spectra(parts).mean(0)))
     order = sorted(good, key=lambda name: records.sha256(name.encode()))
     lists: list[list[Path]] = []
-    seen: set[str] = set()
+    taken_categories: set[str] = set()
     for _ in REAL_LISTS:
         taken: dict[Path, np.ndarray] = {}
-        for name in sorted(order, key=lambda name: name in seen):  # stable: new categories first
+        for name in sorted(order, key=lambda name: name in taken_categories):  # stable: new categories first
             free = [(path, bands) for path, bands in good[name] if not any(path in old for old in lists)]
             fitting = (pair for pair in free if apart(pair[1], taken.values()))
             if len(taken) < CANDIDATES and (pair := next(fitting, None)) is not None:
                 taken[pair[0]] = pair[1]
         lists.append(list(taken))
-        seen |= {category(path) for path in taken}
+        taken_categories |= {category(path) for path in taken}
     return lists
 
 
 def choose_silhouettes(folder: Path) -> list[list[Path]]:
     """For each of REAL_LISTS the files of CANDIDATES silhouettes; every third, but the last, is pierced."""
     known = named_outlines()
-    seen: set[str] = set()
+    things: set[str] = set()
 
     def fitting(part: str) -> Iterator[Path]:
         nonlocal known
@@ -144,12 +144,12 @@ def choose_silhouettes(folder: Path) -> list[list[Path]]:
             thing = category(path).removeprefix("noto-")
             mask = resized(fit_silhouette(path)[None], SIZE) > 0.5
             if (
-                thing not in seen
+                thing not in things
                 and mask.float().mean() >= LEAST_AREA
                 and (part == "pierced" or filled(mask[0]))
                 and float(measure.iou_matrix(mask, known).max()) <= TOO_ALIKE
             ):
-                seen.add(thing)
+                things.add(thing)
                 known = torch.cat([known, mask])
                 yield path
 

@@ -153,9 +153,9 @@ def appearance_of(image: Tensor, mask: Tensor) -> Appearance:
     return Appearance(colours_of(lab, within), texture.astype(np.float32))
 
 
-def colours_of(lab: np.ndarray, inside: np.ndarray) -> np.ndarray:
+def colours_of(lab: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Quantiles of CIELAB (H, W, 3) inside a mask, seen from fixed directions: (directions, LEVELS)."""
-    return np.quantile(lab[inside] @ _directions().T, QUANTILES, axis=0).T.astype(np.float32)
+    return np.quantile(lab[mask] @ _directions().T, QUANTILES, axis=0).T.astype(np.float32)
 
 
 def _directions() -> np.ndarray:

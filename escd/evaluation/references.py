@@ -241,10 +241,10 @@ def _bundled(which: str, count: int | None) -> References:
 def _paired(
     name: str, silhouettes: tuple[Silhouette, ...], materials: tuple[Material, ...], count: int
 ) -> References:
-    for kind, found in (("silhouettes", silhouettes), ("materials", materials)):
-        if len(found) != CANDIDATES:
+    for kind, items in (("silhouettes", silhouettes), ("materials", materials)):
+        if len(items) != CANDIDATES:
             raise ValueError(
-                f"{CANDIDATES} {kind} of distinct categories are needed, the {name} list has {len(found)}"
+                f"{CANDIDATES} {kind} of distinct categories are needed, the {name} list has {len(items)}"
             )
     if not 1 <= count <= CANDIDATES:
         raise ValueError(f"between 1 and {CANDIDATES} references can be made, not {count}")
@@ -362,9 +362,9 @@ def _fill(mask: Tensor, holes: bool) -> Tensor:
     solid = mask.numpy() > 0.5
     if not holes:
         # What no path from the frame reaches is inside, and so are the soft inner edges between.
-        inside = ndimage.binary_fill_holes(solid)
-        rim = ndimage.binary_dilation(~inside)  # keeps the soft outer edge as it is
-        mask = torch.from_numpy(np.where(inside & ~rim, 1.0, mask.numpy())).float()
+        filled = ndimage.binary_fill_holes(solid)
+        rim = ndimage.binary_dilation(~filled)  # keeps the soft outer edge as it is
+        mask = torch.from_numpy(np.where(filled & ~rim, 1.0, mask.numpy())).float()
         solid = mask.numpy() > 0.5
     labels, _ = ndimage.label(solid, structure=np.ones((3, 3)))
     largest = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
@@ -415,10 +415,10 @@ def category(path: str | Path) -> str:
 
 def _one_a_category(paths: list[Path], number: int = 1) -> list[Path]:
     """The file of this number, from 1, of each category that has so many."""
-    found: dict[str, list[Path]] = {}
+    by_category: dict[str, list[Path]] = {}
     for path in paths:
-        found.setdefault(category(path), []).append(path)
-    return [files[number - 1] for files in found.values() if len(files) >= number]
+        by_category.setdefault(category(path), []).append(path)
+    return [files[number - 1] for files in by_category.values() if len(files) >= number]
 
 
 def _distinct_silhouettes(paths: list[Path], count: int) -> tuple[Silhouette, ...]:

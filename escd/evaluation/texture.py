@@ -62,18 +62,18 @@ def _filters() -> tuple[np.ndarray, np.ndarray]:
 BANDS, ENERGY = _filters()
 
 
-def textures(lightness: np.ndarray, inside: np.ndarray) -> np.ndarray:
+def textures(lightness: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Textures of lightness (N, 64, 64) inside one mask (64, 64) bool: (N, F), compared by `distances`."""
-    values = lightness[:, inside].astype(np.float32)
+    values = lightness[:, mask].astype(np.float32)
     low, high = np.quantile(values, (CLIPPED, 1 - CLIPPED), axis=1, keepdims=True).astype(np.float32)
     values = values.clip(low, high)
     values -= values.mean(1, keepdims=True)
     plain = np.zeros(lightness.shape, np.float32)
-    plain[:, inside] = values
+    plain[:, mask] = values
     spectrum = fft.rfft2(plain)
     power = (spectrum.real**2 + spectrum.imag**2).reshape(len(plain), -1)
-    energy = power @ ENERGY / (SIZE**2 * inside.sum())
-    bands = fft.irfft2(spectrum[:, None] * BANDS, s=(SIZE, SIZE))[..., inside]  # (N, B, pixels)
+    energy = power @ ENERGY / (SIZE**2 * mask.sum())
+    bands = fft.irfft2(spectrum[:, None] * BANDS, s=(SIZE, SIZE))[..., mask]  # (N, B, pixels)
     skewness, kurtosis = _moments(values, LEAST_VARIANCE)
     band_skewness, band_kurtosis = _moments(bands, LEAST_BAND)
     parts = {
@@ -124,25 +124,25 @@ class Candidates:
         `_likeness`: 1 at no distance, 0 at the mean distance of the other candidates from `own`. Colour is
         the distribution of CIELAB, texture unitless. ValueError for an empty mask.
         """
-        inside = foreground.inner(mask.cpu().numpy() > 0.5)
+        inner = foreground.inner(mask.cpu().numpy() > 0.5)
         lab = foreground.to_lab(image[None])[0]
-        seen = textures(np.concatenate([lab[None, ..., 0], self.views]), inside)
-        views = seen[1:].reshape(len(self), len(PLACES), -1)
-        texture = distances(seen[0], views).min(1)
+        described = textures(np.concatenate([lab[None, ..., 0], self.views]), inner)
+        views = described[1:].reshape(len(self), len(PLACES), -1)
+        texture = distances(described[0], views).min(1)
         between = distances(views[own][:, None, None], views[None])  # (own place, candidate, place)
         texture_unlike = between.min((0, 2))
-        colour = np.abs(self.colours - measure.colours_of(lab, inside)).mean((1, 2))
+        colour = np.abs(self.colours - measure.colours_of(lab, inner)).mean((1, 2))
         colour_unlike = np.abs(self.colours - self.colours[own]).mean((1, 2))
         scores: dict[str, float | int | bool] = {}
-        for name, found in (
+        for name, distance in (
             ("texture", texture), ("colour", colour), ("both", colour + TEXTURE_IN_COLOUR * texture)
         ):  # fmt: skip
-            rank = int((np.delete(found, own) <= found[own]).sum())
+            rank = int((np.delete(distance, own) <= distance[own]).sum())
             scores |= {f"{name}_first": rank == 0, f"{name}_rank": rank}
-        for name, found, unlike in (
+        for name, distance, unlike in (
             ("texture", texture, texture_unlike), ("colour", colour, colour_unlike)
         ):  # fmt: skip
-            scores[f"{name}_distance"] = float(found[own])
-            likeness = 1 - found[own] / np.delete(unlike, own).mean()
+            scores[f"{name}_distance"] = float(distance[own])
+            likeness = 1 - distance[own] / np.delete(unlike, own).mean()
             scores[f"{name}_likeness"] = float(np.clip(likeness, 0, 1))
         return scores
