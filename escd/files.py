@@ -145,13 +145,13 @@ def _beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)  # what cannot be removed now is swept later
 
 
-def _try(folder: Path, name: str, asked: Path) -> None:
+def _try(folder: Path, name: str, named: Path) -> None:
     """Make an empty file of that name beside the files of a folder: the system itself says what it takes."""
     try:
         with _beside(folder) as scratch:
             (scratch / name).touch()
     except OSError as error:
-        raise OSError(error.errno, f"nothing can be written there: {error.strerror}", str(asked)) from error
+        raise OSError(error.errno, f"nothing can be written there: {error.strerror}", str(named)) from error
 
 
 def _machine() -> str:

@@ -97,14 +97,14 @@ def rebuild(value: Any, hint: Any, where: str) -> Any:
 @functools.cache
 def _fields(config_class: type) -> tuple[dict[str, Any], dict[str, Any]]:
     """The types of a config's fields, and the defaults, as JSON values, of those that have one."""
-    hints, found = typing.get_type_hints(config_class), {}
+    hints, defaults = typing.get_type_hints(config_class), {}
     for field in dataclasses.fields(config_class):
         where = f"{config_class.__name__}.{field.name}"
         if field.default is not dataclasses.MISSING:
-            found[field.name] = _checked(field.default, hints[field.name], where)
+            defaults[field.name] = _checked(field.default, hints[field.name], where)
         elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = _checked(field.default_factory(), hints[field.name], where)
-    return hints, found
+            defaults[field.name] = _checked(field.default_factory(), hints[field.name], where)
+    return hints, defaults
 
 
 def without_defaults(config: Mapping[str, Any], config_class: type) -> dict[str, Any]:

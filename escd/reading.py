@@ -17,7 +17,7 @@ def json_of(text: str | bytes, where: str) -> Any:
 
 def read_object(path: str | Path) -> dict[str, Any]:
     """The JSON object that a file holds; ValueError, with the file's name, for another content."""
-    found = json_of(Path(path).read_bytes(), str(path))
-    if not isinstance(found, dict):
+    content = json_of(Path(path).read_bytes(), str(path))
+    if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object with named entries")
-    return found
+    return content

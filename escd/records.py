@@ -22,7 +22,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ class Record:
     commit: str | None  # git HEAD, "-dirty" appended when the package differs from it; None outside git
     # When the run ended, in UTC; None in records older than this field.
     date: str | None = None
-    # Of each customization that was scored (`evaluation.kept.About`): when, at which commit, in how many
-    # steps and seconds it was learnt, whether an earlier run kept it, and the sha256 of what was scored.
+    # By attribute, how the scored customization was learnt (`evaluation.kept.About`): date, commit, steps,
+    # seconds, sha256, and whether it was kept from an earlier run.
     learnt: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
@@ -79,8 +79,8 @@ def key_of(config: Any) -> str:
 
 
 def _key(config: Mapping[str, Any], config_class: type) -> str:
-    said = without_defaults(config, config_class)
-    text = json.dumps([kind_of(config_class), said], sort_keys=True, allow_nan=False)
+    chosen = without_defaults(config, config_class)
+    text = json.dumps([kind_of(config_class), chosen], sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -140,6 +140,18 @@ def get(
     seconds = time.perf_counter() - start
     about = learnt() if learnt is not None else {}
     return _append(folder, config, key, metrics, inputs, seconds, device, again, about)
+
+
+def missing(
+    configs: Sequence[Any], inputs: Callable[[Any], Mapping[str, str]], *, folder: Path | None = None
+) -> list[Any]:
+    """The configs for which no record is stored that was made from the inputs `inputs(config)`."""
+    folder = FOLDER if folder is None else folder
+    stored = {
+        kind: {(record.key, frozenset(record.inputs.items())) for record in _read(folder, kind)}
+        for kind in {type(config) for config in configs}
+    }
+    return [c for c in configs if (key_of(c), frozenset(inputs(c).items())) not in stored[type(c)]]
 
 
 def measured(
@@ -226,13 +238,13 @@ def now() -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages a number depends on; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # escd itself, run from a bare source tree
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def _close(one: Any, other: Any, bound: float) -> bool:
@@ -281,7 +293,7 @@ def _parse(text: bytes, kind: str | type) -> list[Record]:
     config_class, kind = (None, kind) if isinstance(kind, str) else (kind, kind_of(kind))
     names = {field.name for field in dataclasses.fields(Record)}
     newer = {"date", "learnt"}  # which the oldest records do not have
-    found = []
+    parsed = []
     # What follows the last newline is no whole line: the next append removes it.
     for number, line in enumerate(text.split(b"\n")[:-1], start=1):
         try:
@@ -295,12 +307,12 @@ def _parse(text: bytes, kind: str | type) -> list[Record]:
         if config_class is not None:
             fields["config"] = with_defaults(fields["config"], config_class)
             fields["key"] = _key(fields["config"], config_class)
-        found.append(Record(**fields))
-    return found
+        parsed.append(Record(**fields))
+    return parsed
 
 
-def _find(found: list[Record], key: str, inputs: Mapping[str, str] | None) -> Record | None:
-    for record in reversed(found):
+def _find(stored: list[Record], key: str, inputs: Mapping[str, str] | None) -> Record | None:
+    for record in reversed(stored):
         if record.key == key and (inputs is None or record.inputs == dict(inputs)):
             return record
     return None

@@ -1,9 +1,9 @@
-"""`python -m escd.study`: makes the missing records of the study (`escd.evaluation.study`)."""
+"""`python -m escd.study`: makes the missing records of the study (`escd.evaluation.study_command`)."""
 
 from __future__ import annotations
 
 from .ending import run_command
-from .evaluation.study import main
+from .evaluation.study_command import main
 
 if __name__ == "__main__":
     run_command(main)

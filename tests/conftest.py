@@ -17,6 +17,7 @@ from escd.backbone.image_tower import ImageTower
 from escd.backbone.model import Backbone
 from escd.backbone.parts import parameters_of
 from escd.loading import read_backbone
+from escd.method import tuning
 from escd.method.attributes import resolve_attribute
 from escd.method.customization import Customization
 from escd.method.fusion import AttributeFilter
@@ -159,3 +160,17 @@ def shape(backbone) -> Customization:
 @pytest.fixture
 def appearance(backbone) -> Customization:
     return make_customization(backbone, "appearance", seed=2)
+
+
+@pytest.fixture
+def interrupted_once(monkeypatch) -> None:
+    """An interrupt in the second step that is tuned in a test."""
+    steps, predicted = [], tuning.predicted
+
+    def interrupted(*given):
+        steps.append(1)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return predicted(*given)
+
+    monkeypatch.setattr(tuning, "predicted", interrupted)

@@ -11,7 +11,14 @@ from PIL import Image, ImageDraw
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from escd.evaluation import benchmark as evaluate
-from escd.evaluation.benchmark import CARRIERS, SCENES, EvaluationConfig, Scorers, asked, subjects_in
+from escd.evaluation.benchmark import (
+    CARRIERS,
+    SCENES,
+    EvaluationConfig,
+    Scorers,
+    carriers_and_scenes,
+    subjects_in,
+)
 from escd.loading import read_backbone
 from escd.method.config import TuningConfig
 
@@ -68,7 +75,7 @@ def test_one_image_of_each_subject(folder):
 
 @pytest.mark.parametrize("attribute", CARRIERS)
 def test_no_two_prompts_are_alike(attribute):
-    every = asked(attribute, len(SCENES) * len(CARRIERS[attribute]))
+    every = carriers_and_scenes(attribute, len(SCENES) * len(CARRIERS[attribute]))
     assert len(set(every)) == len(every)
     assert {thing for thing, _ in every[:4]} == set(CARRIERS[attribute])
 
@@ -99,8 +106,8 @@ def test_the_floor_is_the_untouched_backbone(scorers, folder, tiny_folder, tmp_p
         config = EvaluationConfig(
             "vase",
             TuningConfig.of("shape", steps=2, batch_size=2, views=4, learning_rate=0.05),
-            "tiny",
-            floor,
+            backbone="tiny",
+            floor=floor,
             prompts=2,
             images=2,
             sampler_steps=2,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from escd.data.names import PIERCED, SHAPES, UNNAMED_APPEARANCES, VARIED_APPEARANCES
+from escd.data.names import PIERCED_SHARE, SHAPES, UNNAMED_APPEARANCES, VARIED_APPEARANCES
 from escd.data.random import CounterRNG
 from escd.data.textures import TEXTURES
 from escd.data.world import World
@@ -111,4 +111,4 @@ def test_a_varied_world_cuts_unnamed_outlines_alone_and_leaves_half():
     assert (kept[named] == 1).all()
     assert (kept >= 0.5).all() and (cut[0] <= whole[0]).all()
     pierced = (kept[~named] < 0.995).float().mean()
-    assert 0.5 * PIERCED < pierced <= PIERCED + 0.1
+    assert 0.5 * PIERCED_SHARE < pierced <= PIERCED_SHARE + 0.1

@@ -11,7 +11,6 @@ import torch
 from escd import records
 from escd.evaluation import kept
 from escd.evaluation.references import load_references
-from escd.method import tuning
 from escd.method.config import TuningConfig
 from escd.method.customization import load_customization
 
@@ -39,20 +38,11 @@ def test_what_was_learnt_is_found_again_and_says_how_it_came_about(learn, tmp_pa
     assert not first.kept and again.kept and first.about == again.about
     assert first.about.steps == 3 and first.about.seconds > 0 and first.about.commit == records.commit()
     assert first.about.sha256 == kept.sha256_of(again.customization)
-    assert again.told() == {**dataclasses.asdict(first.about), "kept": True}
+    assert again.as_dict() == {**dataclasses.asdict(first.about), "kept": True}
     assert sorted(path.suffix for path in (tmp_path / "kept").iterdir()) == [".json", ".safetensors"]
 
 
-def test_an_interrupt_reaches_the_caller_and_keeps_nothing(learn, tmp_path, monkeypatch):
-    steps, predicted = [], tuning.predicted
-
-    def interrupted(*given):
-        steps.append(1)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        return predicted(*given)
-
-    monkeypatch.setattr(tuning, "predicted", interrupted)
+def test_an_interrupt_reaches_the_caller_and_keeps_nothing(learn, tmp_path, interrupted_once):
     with pytest.raises(KeyboardInterrupt):
         learn()
     assert not (tmp_path / "kept").exists()

@@ -45,7 +45,7 @@ def test_the_silhouettes_are_those_the_rule_takes():
     alike = measure.iou_matrix(masks, masks, refined=()).fill_diagonal_(0)
     assert alike.max() <= TOO_ALIKE
     for listed in LISTED.values():
-        assert sum(s.pierced for s in listed.silhouettes) == lists.PIERCED
+        assert sum(s.pierced for s in listed.silhouettes) == lists.PIERCED_COUNT
         assert any(r.silhouette.pierced for r in listed.references[:3])  # a few references have both
         for silhouette, mask in zip(listed.silhouettes, listed.silhouette_masks, strict=True):
             assert mask.float().mean() >= lists.LEAST_AREA, silhouette.name

@@ -18,9 +18,9 @@ from escd.evaluation.configs import (
     JudgesConfig,
     ObedienceConfig,
     StudyConfig,
-    alike_configs,
     backbone_configs,
     configs,
+    equal_size_configs,
     rank_configs,
 )
 from escd.evaluation.references import load_references
@@ -222,7 +222,7 @@ def test_a_contrast_is_between_the_same_pictures(stored):
 
 def test_the_halves_at_equal_size(stored):
     assert results.alike("shape") == {} and tables.alike_table() == "", "not before they are run"
-    *most, last = alike_configs(LISTED)
+    *most, last = equal_size_configs(LISTED)
     for config in most:
         records.get(config, made_up, inputs={"backbone mini": "aa"}, device="cpu")
     assert results.alike("shape") == {}, "nor before all of them are"
@@ -284,7 +284,7 @@ def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch)
     ways = {name: [took(1, 1, 1)] for name in results.STEPS_OF}
     config = BENCHMARKS["tuning_cost"]["TuningCostConfig"](tuple(ways))
     records.get(config, lambda _: {"rounds": ways, "flops": dict.fromkeys(ways, 1)}, device="cpu")
-    for one in alike_configs(LISTED):
+    for one in equal_size_configs(LISTED):
         records.get(one, made_up, inputs={"backbone mini": "aa"}, device="cpu")
     assert numbers._rates_in_words(numbers.numbers()) == [], "nothing to compare yet"
     for latents, change in ((4, "none"), (8, "8 latents"), (16, "16 latents")):

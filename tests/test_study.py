@@ -20,9 +20,9 @@ from escd.evaluation.configs import (
 )
 from escd.evaluation.judges import Judge, Judges
 from escd.evaluation.prompts import prompts_for
-from escd.evaluation.references import load_references, named_outlines
+from escd.evaluation.references import load_references
+from escd.evaluation.silhouettes import named_outlines
 from escd.loading import load_backbone
-from escd.method import tuning
 from escd.method.config import TuningConfig
 
 
@@ -97,7 +97,7 @@ def test_named_prompts_cover_everything_evenly():
 # ---- scores
 
 
-def test_right_answers_score_as_right(listed, backbone, monkeypatch):
+def test_oracle_images_score_as_right(listed, backbone, monkeypatch):
     """Without an autoencoder in between, what a prompt asks for is found by every measure."""
     monkeypatch.setattr(type(backbone), "encode_images", lambda self, images: images)
     monkeypatch.setattr(type(backbone), "decode_latents", lambda self, latents: latents)
@@ -106,7 +106,7 @@ def test_right_answers_score_as_right(listed, backbone, monkeypatch):
     for reference in listed.references[:4]:
         for mode in found:
             asked = prompts_for(reference, mode)
-            images = scores_module.right_answers(asked, reference, reference, backbone)
+            images = scores_module.oracle_reconstructions(asked, reference, reference, backbone)
             scores = scores_module.score_images(
                 images, asked, reference, reference, listed, judges.load_judges()
             )
@@ -124,7 +124,7 @@ def test_right_answers_score_as_right(listed, backbone, monkeypatch):
 
 def test_a_picture_without_foreground_has_no_scores(listed):
     plain = torch.full((1, 3, 64, 64), 0.1)
-    one = prompts.Asked("", "gray", shape="star")
+    one = prompts.Prompt("", "gray", shape="star")
     scores = scores_module.score_images(plain, [one], listed[0], listed[0], listed, judges.load_judges())
     assert scores["failed"] == [True] and scores["iou"] == [None] and scores["material"] == [None]
     assert scores["obeyed_shape"] == [False]
@@ -144,16 +144,7 @@ def test_runs_are_scored_stored_and_repeat(made, listed, tmp_path):
     assert f"references {config.list}" in record.inputs and "judges" in record.inputs
 
 
-def test_an_interrupted_arm_leaves_no_record_and_nothing_kept(made, listed, tmp_path, monkeypatch):
-    steps, predicted = [], tuning.predicted
-
-    def interrupted(*given):
-        steps.append(1)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        return predicted(*given)
-
-    monkeypatch.setattr(tuning, "predicted", interrupted)
+def test_an_interrupted_arm_leaves_no_record_and_nothing_kept(made, listed, tmp_path, interrupted_once):
     config = TuningConfig.of("shape", "encoder", steps=3, views=4)
     config = StudyConfig("shape", listed[0].id, "customized", config, **SHORT)
     with pytest.raises(KeyboardInterrupt):
@@ -235,15 +226,16 @@ def test_ranks_are_scored_like_the_study(made, listed, tmp_path, monkeypatch):
 def test_parts_alike_in_size(listed):
     unet = load_backbone("mini").unet
     whole, *others = (
-        sum(p.numel() for p in parameters_of(unet, part).values()) for part in ("encoder", *configs.ALIKE)
+        sum(p.numel() for p in parameters_of(unet, part).values())
+        for part in ("encoder", *configs.EQUAL_SIZE)
     )
     assert all(0.9 < other / whole < 1.1 for other in others)
-    for part in configs.ALIKE:
+    for part in configs.EQUAL_SIZE:
         assert set(parameters_of(unet, part)) <= set(parameters_of(unet, "decoder"))
     two = dataclasses.replace(listed, references=listed.references[:2])
-    grid = configs.alike_configs(two)
-    assert len(set(grid)) == len(grid) == 2 * 2 * len(configs.ALIKE)
-    assert {config.arm for config in grid} == set(configs.ALIKE)
+    grid = configs.equal_size_configs(two)
+    assert len(set(grid)) == len(grid) == 2 * 2 * len(configs.EQUAL_SIZE)
+    assert {config.arm for config in grid} == set(configs.EQUAL_SIZE)
     # The rates are the half's own.
     assert {c.tuning.learning_rate for c in grid if c.attribute == "shape"} == {
         TuningConfig.of("shape", "decoder").learning_rate
@@ -326,9 +318,9 @@ def scores(failed=(False, False), **changes):
 
 def test_workers_share_what_is_to_be_learnt(listed):
     grid = [*configs.backbone_configs(), *configs.configs(listed), *configs.rank_configs(listed)]
-    assert configs.share(grid, 0, 1) == grid
-    grid += configs.alike_configs(listed)
-    shares = [configs.share(grid, worker, 2) for worker in (0, 1)]
+    assert configs.shard(grid, 0, 1) == grid
+    grid += configs.equal_size_configs(listed)
+    shares = [configs.shard(grid, worker, 2) for worker in (0, 1)]
     assert sorted(map(records.key_of, [*shares[0], *shares[1]])) == sorted(map(records.key_of, grid))
     learnt = [
         {(c.reference, c.tuning) for c in mine if isinstance(c, StudyConfig) and c.tuning} for mine in shares
@@ -407,10 +399,3 @@ def test_fine_energy_is_that_of_fine_detail():
     x = torch.arange(64).float()
     fine, coarse = (torch.cos(2 * np.pi * f * x).expand(1, 3, 64, 64) for f in (24 / 64, 4 / 64))
     assert autoencoder._fine_energy(fine)[0] > 1e6 * autoencoder._fine_energy(coarse)[0]
-
-
-@pytest.mark.parametrize("given", [["--twenty", "2"], ["--twenty", "0", "--folder", "somewhere"]])
-def test_a_list_of_a_folder_needs_a_folder_and_counts_from_one(given, capsys):
-    with pytest.raises(SystemExit):
-        study.main(given)
-    assert "counts the lists of a --folder, from 1" in capsys.readouterr().err

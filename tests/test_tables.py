@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 from test_study import as_record
 
+from escd.evaluation import formats
 from escd.evaluation import real_tables as tables
 from escd.evaluation.configs import CompositionConfig, StudyConfig
+from escd.evaluation.measure import Interval
 from escd.evaluation.references import load_references
 from escd.method.config import TuningConfig
 
@@ -44,13 +46,13 @@ def test_a_failed_mask_is_a_miss_the_last_rank_and_a_leak():
         as_record(tuned, scores(failed=(False, True), texture_first=True, texture_rank=0, iou=0.6)),
     ])["appearance"]  # fmt: skip
     row = rows["decoder"]
-    assert row.texture == tables.Found(0.5, 19 / 2, 0.5) and row.colour.first == 0.5
-    assert row.both == tables.Found(0.5, 10, None)
+    assert row.texture == tables.Retrieval(0.5, 19 / 2, 0.5) and row.colour.first == 0.5
+    assert row.both == tables.Retrieval(0.5, 10, None)
     assert row.leakage.mean == pytest.approx(((0.6 - 0.5) + (1.0 - 0.5)) / 2)
     assert row.leaked == 1.0 and row.failed == 0.5 and row.pictures == 2
     assert rows["floor"].leakage is None and rows["floor"].leaked == 0.0
     nothing = tables.real_tables([as_record(floor, scores(failed=(True, True)))])["appearance"]["floor"]
-    assert nothing.texture == tables.Found(0.0, 19.0, None)
+    assert nothing.texture == tables.Retrieval(0.0, 19.0, None)
 
 
 def test_filled_and_pierced_outlines_are_rows_apart_and_so_are_texture_and_colour():
@@ -100,6 +102,15 @@ def test_markdown_has_the_controls_in_their_places():
     assert len({line.count("|") for line in lines}) == 1
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "untouched backbone", "flat area of the mean colour", "decoder tuned", "decoder, source's recipe",
-        "right answer through the autoencoder", "right answer, lossless", "copy of the reference",
+        "oracle image through the autoencoder", "oracle image, lossless", "copy of the reference",
     ]  # fmt: skip
     assert "| 0 % | 4.0 | 0.50 | 100 % | 0.0 | 3.0 |" in lines[2] and "| -- |" in lines[2]
+
+
+def test_numbers_as_text():
+    assert formats.share_of(0.126) == "13 %" and formats.percent(0.126) == "13"
+    assert formats.decimals(0.126) == "0.13" and formats.decimals(2.04, 1) == "2.0"
+    assert formats.decimals(None) == formats.share_of(None) == formats.interval(None) == "--"
+    assert formats.interval(Interval(-0.001, -0.02, 0.0141), 2) == "+0.00 [-0.02, +0.01]"
+    table = formats.markdown_table(["arm", "IoU"], [["floor", "0.50"]])
+    assert table == "| arm | IoU |\n|---|--:|\n| floor | 0.50 |"

@@ -82,14 +82,14 @@ def test_the_list_can_tell(which):
     for number, reference in enumerate(listed):
         asked = prompts.prompts_for(reference, "appearance")
         for kind in ("lossless", "flat"):
-            images = scores.painted_answers(asked, reference, reference, flat=kind == "flat")
+            images = scores.oracle_images(asked, reference, reference, flat=kind == "flat")
             for image, mask, failed in zip(images, *foreground.foreground_mask(images), strict=True):
                 # What fails counts as a miss, here as in the tables.
                 score = {"texture_first": False, "texture_rank": 19}
                 score = score if failed else listed.looks.score(image, mask, number)
                 found[kind].append((score["texture_first"], score["texture_rank"]))
         asked = prompts.prompts_for(reference, "shape")
-        masks, failed = foreground.foreground_mask(scores.painted_answers(asked, reference, reference))
+        masks, failed = foreground.foreground_mask(scores.oracle_images(asked, reference, reference))
         nearest = measure.iou_matrix(masks.float(), listed.silhouette_masks.float(), refined=()).argmax(1)
         found["silhouette"] += ((nearest == number) & ~failed).float()[:, None].tolist()
     means = {kind: np.mean(values, 0) for kind, values in found.items()}

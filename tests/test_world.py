@@ -5,19 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from escd.data import names
 from escd.data.captions import captions_of, draw_caption
-from escd.data.names import (
-    COLOUR_RGB,
-    COLOURS,
-    HELDOUT_APPEARANCES,
-    HELDOUT_SHAPES,
-    NONE,
-    PATTERNS,
-    SHAPES,
-    UNNAMED_APPEARANCES,
-    UNNAMED_SHAPES,
-    VARIED_APPEARANCES,
-)
 from escd.data.patterns import as_painted
 from escd.data.random import CounterRNG
 from escd.data.shapes import OUTLINES, rasterise
@@ -45,10 +34,10 @@ def test_images_masks_and_labels_have_the_stated_ranges():
     assert area.min() > 0.005 and area.max() < 0.7
     assert (b.mask[..., 0, :] == 0).all() and (b.mask[..., :, -1] == 0).all(), "an object left the frame"
     for row in range(64):
-        named = b.shape_family[row] in SHAPES
-        assert (b.shape[row] == NONE) != named
-        assert not named or SHAPES[b.shape[row]] == b.shape_family[row]
-        assert b.colours[row].any() == (b.pattern[row] != NONE)
+        named = b.shape_family[row] in names.SHAPES
+        assert (b.shape[row] == names.NONE) != named
+        assert not named or names.SHAPES[b.shape[row]] == b.shape_family[row]
+        assert b.colours[row].any() == (b.pattern[row] != names.NONE)
 
 
 def test_another_seed_is_another_world():
@@ -71,19 +60,19 @@ def test_factors_come_from_the_indices_they_are_given():
 
 def test_evaluation_families_are_held_out_of_training():
     train, heldout = World(seed=0).batch(range(600)), World(seed=0, split="heldout").batch(range(600))
-    assert set(train.shape_family) == {*SHAPES, *UNNAMED_SHAPES}
-    assert set(train.appearance_family) == {*PATTERNS, *UNNAMED_APPEARANCES}
-    assert set(heldout.shape_family) == {*SHAPES, *HELDOUT_SHAPES}
-    assert set(heldout.appearance_family) == {*PATTERNS, *HELDOUT_APPEARANCES}
-    assert not {*HELDOUT_SHAPES} & {*UNNAMED_SHAPES}
-    assert not {*HELDOUT_APPEARANCES} & {*UNNAMED_APPEARANCES, *VARIED_APPEARANCES}
-    assert {*SHAPES, *UNNAMED_SHAPES, *HELDOUT_SHAPES} == {*OUTLINES}
-    assert {*UNNAMED_APPEARANCES, *VARIED_APPEARANCES, *HELDOUT_APPEARANCES} == {*TEXTURES}
+    assert set(train.shape_family) == {*names.SHAPES, *names.UNNAMED_SHAPES}
+    assert set(train.appearance_family) == {*names.PATTERNS, *names.UNNAMED_APPEARANCES}
+    assert set(heldout.shape_family) == {*names.SHAPES, *names.HELDOUT_SHAPES}
+    assert set(heldout.appearance_family) == {*names.PATTERNS, *names.HELDOUT_APPEARANCES}
+    assert not {*names.HELDOUT_SHAPES} & {*names.UNNAMED_SHAPES}
+    assert not {*names.HELDOUT_APPEARANCES} & {*names.UNNAMED_APPEARANCES, *names.VARIED_APPEARANCES}
+    assert {*names.SHAPES, *names.UNNAMED_SHAPES, *names.HELDOUT_SHAPES} == {*OUTLINES}
+    assert {*names.UNNAMED_APPEARANCES, *names.VARIED_APPEARANCES, *names.HELDOUT_APPEARANCES} == {*TEXTURES}
 
 
 def test_named_shares_are_kept():
     assert set(World(seed=0, named_shapes=1).batch(range(50)).shape.tolist()) <= set(range(12))
-    assert (World(seed=0, named_appearances=0).batch(range(50)).pattern == NONE).all()
+    assert (World(seed=0, named_appearances=0).batch(range(50)).pattern == names.NONE).all()
 
 
 def test_solid_objects_have_the_colour_of_their_label():
@@ -93,16 +82,18 @@ def test_solid_objects_have_the_colour_of_their_label():
     for r in rows:
         inside = b.mask[r, 0] > 0.99
         seen = b.image[r, :, inside].median(1).values / 2 + 0.5
-        wanted = COLOURS[int(b.colours[r].nonzero())]
-        nearest = min(COLOURS, key=lambda c: float((seen - torch.tensor(COLOUR_RGB[c])).square().sum()))
+        wanted = names.COLOURS[int(b.colours[r].nonzero())]
+        nearest = min(
+            names.COLOURS, key=lambda c: float((seen - torch.tensor(names.COLOUR_RGB[c])).square().sum())
+        )
         # Shading darkens and lightens, so a neighbour may be nearer now and then; never a far one.
-        assert nearest == wanted or float((seen - torch.tensor(COLOUR_RGB[wanted])).abs().max()) < 0.35
+        assert nearest == wanted or float((seen - torch.tensor(names.COLOUR_RGB[wanted])).abs().max()) < 0.35
 
 
 def test_dots_are_the_darker_colour_in_whatever_order_a_caption_names_them():
-    white, blue = COLOURS.index("white"), COLOURS.index("blue")
+    white, blue = names.COLOURS.index("white"), names.COLOURS.index("blue")
     for name, same in (("dotted", True), ("striped", False)):
-        pattern = torch.full((2,), PATTERNS.index(name))
+        pattern = torch.full((2,), names.PATTERNS.index(name))
         ground, other = as_painted(pattern, torch.tensor([white, blue]), torch.tensor([blue, white]))
         assert ground.tolist() == ([white, white] if same else [white, blue])
         assert (ground + other).tolist() == [white + blue] * 2
@@ -110,11 +101,11 @@ def test_dots_are_the_darker_colour_in_whatever_order_a_caption_names_them():
     batch = world.batch(range(400))
     texture = world.textures(torch.arange(400))[0]
     orders = set()
-    for k in (batch.pattern == PATTERNS.index("dotted")).nonzero()[:, 0].tolist():
-        first, *second = (w for w in batch.captions[k][0].split() if w in COLOURS)
+    for k in (batch.pattern == names.PATTERNS.index("dotted")).nonzero()[:, 0].tolist():
+        first, *second = (w for w in batch.captions[k][0].split() if w in names.COLOURS)
         if not second:
             continue
-        rgb = torch.tensor([COLOUR_RGB[first], COLOUR_RGB[second[0]]])
+        rgb = torch.tensor([names.COLOUR_RGB[first], names.COLOUR_RGB[second[0]]])
         near = torch.cdist(texture[k].flatten(1).T, rgb).argmin(1).float().mean()  # share of the second
         light = rgb @ torch.tensor([0.299, 0.587, 0.114])
         ground = near if light[1] > light[0] else 1 - near
@@ -132,7 +123,7 @@ def test_rasterised_area_is_the_polygons_area():
     assert rasterise(torch.cat([square, hole], 1)).sum().item() == pytest.approx(30.5 * 19.5 - 100, rel=1e-4)
 
 
-@pytest.mark.parametrize("family", UNNAMED_SHAPES + HELDOUT_SHAPES)
+@pytest.mark.parametrize("family", names.UNNAMED_SHAPES + names.HELDOUT_SHAPES)
 def test_no_outline_is_empty(family):
     d = CounterRNG(0, torch.arange(100_000))
     if family == "strokes":  # with none of its strokes drawn by lot
@@ -148,12 +139,12 @@ def test_no_outline_is_empty(family):
 def test_two_pictures_of_one_named_shape_agree_and_of_two_do_not():
     world = World(seed=6, named_shapes=1)
     b = world.batch(range(300))
-    first = {name: b.shape_family.index(name) for name in SHAPES}
-    again = {name: len(b.shape_family) - 1 - b.shape_family[::-1].index(name) for name in SHAPES}
-    same = [float(aligned_iou(b.mask[first[n]], b.mask[again[n]])) for n in SHAPES]
+    first = {name: b.shape_family.index(name) for name in names.SHAPES}
+    again = {name: len(b.shape_family) - 1 - b.shape_family[::-1].index(name) for name in names.SHAPES}
+    same = [float(aligned_iou(b.mask[first[n]], b.mask[again[n]])) for n in names.SHAPES]
     other = [
         float(aligned_iou(b.mask[first[n]], b.mask[again[m]]))
-        for n, m in zip(SHAPES, SHAPES[1:] + SHAPES[:1], strict=True)
+        for n, m in zip(names.SHAPES, names.SHAPES[1:] + names.SHAPES[:1], strict=True)
     ]
     # Thin shapes (ring, crescent) vary in thickness and overlap little; on average a name is one outline.
     assert sum(same) / 12 > 0.75 and sum(same) / 12 > sum(other) / 12 + 0.15

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 
 def with_article(phrase: str) -> str:
+    """ "star" -> "a star", "arrow" -> "an arrow"."""
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 

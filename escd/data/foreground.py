@@ -119,12 +119,12 @@ def _components(mask: np.ndarray) -> np.ndarray:
     return kept
 
 
-def inner(inside: np.ndarray) -> np.ndarray:
+def inner(mask: np.ndarray) -> np.ndarray:
     """A mask (H, W) bool without its outermost pixels, which are mixed with the background.
 
     All of it where the outline is thin: better mixed pixels than hardly any. ValueError for an empty mask.
     """
-    if not inside.any():
+    if not mask.any():
         raise ValueError("an empty mask has no appearance")
-    eroded = ndimage.binary_erosion(inside)
-    return inside if eroded.sum() < 0.25 * inside.sum() else eroded
+    eroded = ndimage.binary_erosion(mask)
+    return mask if eroded.sum() < 0.25 * mask.sum() else eroded

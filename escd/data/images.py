@@ -60,15 +60,15 @@ def open_image_and_mask(
     image = _pad(pixels, size, border.median(dim=1).values)
     if alpha is None:
         return image, None
-    inside = _pad(alpha, size, torch.zeros(1))
-    if inside.max() < 0.5:
-        most = f"nothing in it is above {float(inside.max()):.2f} at {size} px"
+    padded = _pad(alpha, size, torch.zeros(1))
+    if padded.max() < 0.5:
+        most = f"nothing in it is above {float(padded.max()):.2f} at {size} px"
         if mask is None:
             raise ValueError(
                 f"{_named(source)} is too transparent for its alpha to be its silhouette ({most}): pass mask="
             )
         raise ValueError(f"the mask is empty: it must be white (1) on the subject, and {most}")
-    return image, inside
+    return image, padded
 
 
 def image_files(folder: Path, *, deep: bool = False) -> list[Path]:

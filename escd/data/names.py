@@ -47,7 +47,7 @@ VARIED_APPEARANCES = (
     "planks",
 )
 # Share of a varied world's unnamed outlines that holes, gaps and inner lines are cut out of.
-PIERCED = 0.45
+PIERCED_SHARE = 0.45
 # Never drawn by the "train" split: what a backbone is evaluated on must be new to it.
 HELDOUT_SHAPES = ("gear", "spiral", "comb")
 HELDOUT_APPEARANCES = ("hexcells", "weave", "target")

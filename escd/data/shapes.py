@@ -254,8 +254,8 @@ def _strokes(d: CounterRNG) -> Tensor:
     looped = (d.uniform("looped", 1) < 0.5)[..., None, None]
     zero = torch.zeros_like(outer)
     loop = _ellipse(at[:, :1], at[:, 1:], outer, outer, zero) * looped
-    inside = (outer - width[:, :1] * 1.6).clamp(min=0.08)
-    hole = _ellipse(at[:, :1], at[:, 1:], inside, inside, zero).flip(-2) * looped
+    inner = (outer - width[:, :1] * 1.6).clamp(min=0.08)
+    hole = _ellipse(at[:, :1], at[:, 1:], inner, inner, zero).flip(-2) * looped
     return torch.cat([path, loop, hole], 1)
 
 

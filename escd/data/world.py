@@ -30,7 +30,7 @@ from .names import (
     HELDOUT_SHAPES,
     NONE,
     PATTERNS,
-    PIERCED,
+    PIERCED_SHARE,
     SHAPES,
     SIZE,
     UNNAMED_APPEARANCES,
@@ -148,7 +148,7 @@ class World:
 
     def _pierce(self, mask: Tensor, rows: Tensor, contours: Tensor, d: CounterRNG, p: CounterRNG) -> None:
         """Cut holes, gaps and lines out of some of the outlines `rows`, where at least half is left."""
-        chosen = d[rows].uniform("pierced") < PIERCED
+        chosen = d[rows].uniform("pierced") < PIERCED_SHARE
         if not chosen.any():
             return
         rows, contours = rows[chosen], contours[chosen]

@@ -1,4 +1,4 @@
-"""Which labels of a rendered picture are unambiguous: the targets a judge is trained and validated on."""
+"""Which labels of a rendered image are unambiguous: the targets of a judge's training and validation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from ..data.names import BACKGROUND_RGB, BACKGROUNDS, COLOUR_RGB, COLOURS, NONE,
 from ..data.world import Batch
 from . import measure
 from .judges import HEADS, Judgement
-from .references import named_outlines
+from .silhouettes import named_outlines
 
-IGNORED = -100  # the target of a head that has nothing to learn from a picture
-# When a picture is too ambiguous to be judged
-LIKE_NAMED = 0.8  # an unnamed outline whose aligned IoU with a named one is at least this has no right answer
+IGNORED = -100  # the target of an ambiguous label
+# Rules of what is ambiguous.
+LIKE_NAMED = 0.8  # aligned IoU with a named outline from which on an unnamed outline is ambiguous
+# Families that a person might call solid, gradient, checkered, striped or dotted.
 PATTERN_LIKE = (
     "plain",
     "ramp",
@@ -26,38 +27,37 @@ PATTERN_LIKE = (
     "hexcells",
     "weave",
     "target",
-)  # families a
-# person might well call solid, gradient, checkered, striped or dotted
-HIDDEN = 0.2  # largest share of the object that may have the background's colour,
-HIDDEN_WITHIN = 10.0  # that is, lie within this CIELAB distance of it
+)
+HIDDEN = 0.2  # largest share of the object that may have the background's colour
+HIDDEN_WITHIN = 10.0  # CIELAB: a distance below this counts as the background's colour
 SHOWN = 0.08  # smallest share of the object a named colour, or a pattern's second tone, must cover
-WIDE = 9  # px: an object nowhere as wide shows less than a named pattern's period of 12 to 18 px
+WIDE = 9  # px: a narrower object shows less than a named pattern's period of 12 to 18 px
 FLAT = 8.0  # CIELAB: an unnamed material that deviates less than this from its mean might be called solid
 NEAR_NAMED = 25.0  # CIELAB: an unnamed colour nearer to a named one than this might be called by its name
 GROUND_NEAR_NAMED = 20.0  # the same for backgrounds
 
 
 def targets_of(batch: Batch) -> dict[str, Tensor]:
-    """Targets of each head for pictures; IGNORED (or -1 for colours) where the answer is not clear.
+    """Targets of each head; IGNORED (for colours -1) where the label is ambiguous.
 
     shape (N,), pattern (N,), background (N,): class numbers, the last being "none of these"; colours (N, 9):
-    1, 0; figure (N, 1, H, W): the object's coverage. Not clear is
+    1 or 0; figure (N, 1, H, W): the object's coverage. Ambiguous is
 
     - an unnamed outline whose aligned IoU with a named shape is at least LIKE_NAMED;
     - everything but the background where more than HIDDEN of the object has the background's colour;
-    - the pattern of an unnamed material of a PATTERN_LIKE family, or nearly even (FLAT; `still_clear` asks
-      the same of what became of the picture); of a gradient of one colour, which side light makes of a solid
-      one too; of any whose second tone covers less than SHOWN of the object; and of all but a solid one where
-      the object is nowhere WIDE px wide;
+    - the pattern of an unnamed material of a PATTERN_LIKE family, or nearly even (FLAT; `still_clear` applies
+      the rule to changed images); of a gradient of one colour, since side light makes one of a solid colour;
+      of any whose second tone covers less than SHOWN of the object; and of all but a solid one where the
+      object is nowhere WIDE px wide;
     - the colours where a named one covers less than SHOWN of the object (in a gradient: comes within
       NEAR_NAMED of its tone on less), or where an unnamed material shows as much of a colour within
       NEAR_NAMED of a named one;
     - an unnamed background whose mean is within GROUND_NEAR_NAMED of a named one.
     """
     lab = torch.from_numpy(foreground.to_lab(batch.image)).to(batch.image.device)  # (N, H, W, 3)
-    inside, outside = batch.mask[:, 0] > 0.98, batch.mask[:, 0] < 0.02
+    mask, outside = batch.mask[:, 0] > 0.98, batch.mask[:, 0] < 0.02
     ground = _mean(lab, outside)  # (N, 3)
-    hidden = _share((lab - ground[:, None, None]).norm(dim=-1) < HIDDEN_WITHIN, inside) > HIDDEN
+    hidden = _share((lab - ground[:, None, None]).norm(dim=-1) < HIDDEN_WITHIN, mask) > HIDDEN
 
     shape = torch.where(batch.shape == NONE, len(SHAPES), batch.shape)
     unnamed = (batch.shape == NONE).nonzero()[:, 0]
@@ -77,21 +77,21 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
         [tones[first], torch.where(single[:, None], shades[first], tones[second])], 1
     )  # (N, 2, 3)
     nearer = (lab[:, :, :, None] - pair[:, None, None]).norm(dim=-1).argmin(-1) == 1  # (N, H, W): second tone
-    share = _share(nearer, inside)
+    share = _share(nearer, mask)
     faint = torch.minimum(share, 1 - share) < SHOWN
     # A gradient between two colours shows neither where the object covers its middle alone.
     reached = (lab[:, :, :, None] - pair[:, None, None]).norm(dim=-1) < NEAR_NAMED  # (N, H, W, 2)
-    least = torch.minimum(_share(reached[..., 0], inside), _share(reached[..., 1], inside))
+    least = torch.minimum(_share(reached[..., 0], mask), _share(reached[..., 1], mask))
     faint |= (batch.pattern == PATTERNS.index("gradient")) & ~single & (least < SHOWN)
     solid, gradient = batch.pattern == PATTERNS.index("solid"), batch.pattern == PATTERNS.index("gradient")
-    like |= _deviation(lab, inside) < FLAT
-    thick = -F.max_pool2d(-inside[:, None].float(), WIDE, 1, WIDE // 2)  # centres of squares that fit inside
+    like |= _deviation(lab, mask) < FLAT
+    thick = -F.max_pool2d(-mask[:, None].float(), WIDE, 1, WIDE // 2)  # centres of squares that fit inside
     thin = ~thick.flatten(1).any(1)
     pattern[(like & ~named) | (gradient & single) | (named & ~solid & faint) | (thin & ~solid)] = IGNORED
 
     colours = torch.cat([batch.colours, ~named[:, None]], 1).float()
     distance = (lab[:, :, :, None] - tones).norm(dim=-1).amin(-1)
-    nameable = _share(distance < NEAR_NAMED, inside) >= SHOWN
+    nameable = _share(distance < NEAR_NAMED, mask) >= SHOWN
     colours[(~named & nameable) | (named & ~single & faint)] = -1
 
     background = torch.where(batch.background == NONE, len(BACKGROUNDS), batch.background)
@@ -107,22 +107,21 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
 
 
 def still_clear(images: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The targets of rendered pictures, for what became of them (N, 3, H, W).
+    """The targets of rendered images after a change, such as an autoencoder's: images (N, 3, H, W).
 
-    `targets_of` looks at pictures as they are rendered. Where an unnamed material is nearly even (FLAT) only
-    by now, as autoencoders make fine grain, its pattern is not clear any more. A pixel at the object's edge,
-    where colours run into each other, does not count.
+    `targets_of` reads the renders. Where the change made an unnamed material nearly even (FLAT), as an
+    autoencoder does with fine grain, its pattern is ambiguous. Pixels at the object's edge are left out.
     """
     unnamed = (targets["pattern"] == len(PATTERNS)) & targets["figure"].flatten(1).any(1)
-    inside = -F.max_pool2d(-(targets["figure"] > 0.98).float(), 3, 1, 1)[:, 0] > 0
+    mask = -F.max_pool2d(-(targets["figure"] > 0.98).float(), 3, 1, 1)[:, 0] > 0
     lab = torch.from_numpy(foreground.to_lab(images)).to(images.device)
-    faded = unnamed & (_deviation(lab, inside) < FLAT)
+    faded = unnamed & (_deviation(lab, mask) < FLAT)
     return targets | {"pattern": targets["pattern"].masked_fill(faded, IGNORED)}
 
 
-def _deviation(lab: Tensor, inside: Tensor) -> Tensor:
-    """Root mean square CIELAB distance from the mean, (N,), of lab (N, H, W, 3) inside (N, H, W)."""
-    return _mean((lab - _mean(lab, inside)[:, None, None]).square(), inside).sum(1).sqrt()
+def _deviation(lab: Tensor, mask: Tensor) -> Tensor:
+    """Root mean square CIELAB distance from the mean, (N,), of lab (N, H, W, 3) over a mask (N, H, W)."""
+    return _mean((lab - _mean(lab, mask)[:, None, None]).square(), mask).sum(1).sqrt()
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
@@ -138,7 +137,7 @@ def _colour_table() -> Tensor:
 
 
 def _shade_table() -> Tensor:
-    """The second tone of a pattern of one colour, as the world paints it."""
+    """The second tone that the world gives a pattern of one colour."""
     table = _colour_table()
     dark = torch.tensor([name == "black" for name in COLOURS])[:, None]
     return torch.where(dark, table + 0.3, table * 0.6)
@@ -148,15 +147,15 @@ def _lab(rgb: Tensor) -> Tensor:
     return torch.from_numpy(foreground.to_lab(rgb[:, :, None, None] * 2 - 1)[:, 0, 0])
 
 
-def accuracies(seen: Judgement, targets: dict[str, Tensor]) -> dict[str, float]:
-    """Share judged right by each head where the answer is clear; colours are right when all nine are."""
+def accuracies(judgement: Judgement, targets: dict[str, Tensor]) -> dict[str, float]:
+    """Accuracy of each head on unambiguous labels; colours are right when all nine are."""
     scores = {}
     for name in ("shape", "pattern", "background"):
-        answer = getattr(seen, name)
+        answer = getattr(judgement, name)
         answer = torch.where(answer == NONE, HEADS[name] - 1, answer)
         clear = targets[name] != IGNORED
         scores[name] = float((answer == targets[name])[clear].float().mean())
     clear = targets["colours"][:, 0] >= 0
-    answer = torch.cat([seen.colours, seen.other_colour[:, None]], 1)
+    answer = torch.cat([judgement.colours, judgement.other_colour[:, None]], 1)
     scores["colours"] = float((answer == targets["colours"].bool()).all(1)[clear].float().mean())
     return scores

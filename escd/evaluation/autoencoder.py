@@ -1,4 +1,4 @@
-"""How well an autoencoder reconstructs pictures it never saw, beside a linear code of the same rate."""
+"""Reconstruction of held-out images by an autoencoder, beside a linear code of the same rate."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ..data import world
 from ..data.names import SIZE
 from .references import LISTS, load_references
 
-PATCH = 8  # pixels, each way, that the linear code sees at once
+PATCH = 8  # px: side of the patches of the linear code
 
 
 @torch.no_grad()
 def autoencoder_scores(vae: AutoencoderKL, images: Tensor, others: Tensor) -> dict[str, float]:
     """PSNR and detail of reconstructions of images (N, 3, 64, 64) in [-1, 1], beside those of a linear code.
 
-    `psnr` is the mean over images, in dB; `detail` the share of the energy above a quarter of the sampling
-    frequency that the reconstructions still have. `pca_psnr` and `pca_detail` are those of a principal
-    component analysis of 8 x 8 patches to as many numbers as the latents have for them (16 of `mini`), fitted
-    on `others`: the best linear code for its patch, and better than one of 4 x 4 patches to 4 numbers.
+    `psnr` is the mean over images, in dB; `detail` is the share of the energy above a quarter of the sampling
+    frequency that the reconstructions keep. `pca_psnr` and `pca_detail` are those of a principal component
+    analysis of 8 x 8 patches, fitted on `others`, with as many numbers per patch as the latents have. It is
+    the best linear code of its patch size.
     """
     halvings = len(vae.config.block_out_channels) - 1
     numbers = vae.config.latent_channels * PATCH**2 // 4**halvings
@@ -37,15 +37,15 @@ def autoencoder_scores(vae: AutoencoderKL, images: Tensor, others: Tensor) -> di
         latents = vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode()
         decoded.append(vae.decode(latents).sample.clamp(-1, 1).float().cpu())
     scores: dict[str, float] = {"images": len(images)}
-    for prefix, made in (("", torch.cat(decoded)), ("pca_", linear_code(images, others, numbers))):
-        error = (made - images).square().flatten(1).mean(1).clamp(min=1e-10)
+    for prefix, reconstructions in (("", torch.cat(decoded)), ("pca_", linear_code(images, others, numbers))):
+        error = (reconstructions - images).square().flatten(1).mean(1).clamp(min=1e-10)
         scores[f"{prefix}psnr"] = float((10 * torch.log10(4 / error)).mean())
-        scores[f"{prefix}detail"] = float(_fine_energy(made).sum() / _fine_energy(images).sum())
+        scores[f"{prefix}detail"] = float(_fine_energy(reconstructions).sum() / _fine_energy(images).sum())
     return scores
 
 
 def linear_code(images: Tensor, others: Tensor, numbers: int) -> Tensor:
-    """Images after the principal components of patches of `others`: PATCH**2 pixels to so many numbers."""
+    """Images projected, patch by patch, on the first `numbers` principal components of `others`."""
 
     def patches(x: Tensor) -> Tensor:
         return F.unfold(x, PATCH, stride=PATCH).transpose(1, 2)  # (N, patches, 3 PATCH**2)
@@ -66,14 +66,14 @@ def _fine_energy(images: Tensor) -> Tensor:
 
 
 IMAGE_SETS = ("world", "photographs", "tiles")
-# Photographs inside scikit-image; the others fit the linear code.
+# Photographs of scikit-image; the linear code is fitted on the others.
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 OTHER_PHOTOGRAPHS = ("motorcycle_left.png", "motorcycle_right.png")
 
 
 @cache
 def image_sets() -> dict[str, tuple[Tensor, Tensor]]:
-    """Pictures the autoencoder never saw, and others to fit the linear code on: set -> (N, 3, 64, 64) twice.
+    """Held-out images, and others to fit the linear code on: set -> (N, 3, 64, 64) twice.
 
     world: renders of held-out families (the code is fitted on training ones). photographs: every 128 px
     window of four photographs, at 64 px (fitted on a fifth scene). tiles: the materials of the evaluation
@@ -95,12 +95,12 @@ def _turned(tile: Tensor) -> Tensor:
 
 
 def _windows(names: Sequence[str], window: int = 128) -> Tensor:
-    found = []
+    crops = []
     for name in names:
         picture = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
         for top in range(0, picture.height - window + 1, window // 2):
             for left in range(0, picture.width - window + 1, window // 2):
                 part = picture.crop((left, top, left + window, top + window))
                 pixels = np.array(part.resize((SIZE, SIZE), Image.Resampling.BOX))
-                found.append(torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1)
-    return torch.stack(found)
+                crops.append(torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1)
+    return torch.stack(crops)

@@ -1,16 +1,16 @@
-"""Scores of customisation on any backbone, of a person's own subjects: CLIP-T, CLIP-I, DINO, silhouette IoU.
+"""Scores of customization on a person's own subjects: CLIP-T, CLIP-I, DINO, silhouette IoU.
 
-`python -m escd.evaluate SUBJECTS --attribute shape` takes one image of every subject, learns the attribute,
-and asks for other things that have it, in the twenty scenes of the DreamBooth data set (Ruiz et al. 2023),
-whose folder of subjects it reads as it is. Beside each score stands the floor: the same prompts and noise on
-the untouched backbone, with the attribute's plain word for the pseudo-word.
+`python -m escd.evaluate SUBJECTS --attribute shape` learns the attribute from one image of every subject and
+generates other objects with it, in the twenty scenes of the DreamBooth data set (Ruiz et al. 2023). The
+folder of that data set can be passed as it is. Each score is reported beside the floor: the same prompts and
+noise on the untouched backbone, with the attribute's plain word in place of the pseudo-word.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ from ..method.config import TuningConfig
 from ..method.cost import require_memory, tuning_cost
 from ..method.pipeline import ESCDPipeline
 from . import measure
+from .configs import SamplingConfig
 from .kept import learn_now
 
-# Where things are asked for: the contexts of the DreamBooth data set's prompts.
+# The scenes of the prompts: those of the DreamBooth data set.
 SCENES = (
     "in the jungle",
     "in the snow",
@@ -60,7 +61,7 @@ SCENES = (
     "on top of a dirt road",
     "on top of a white rug",
 )
-# What is asked for: things that come in many shapes, and things that come in many materials.
+# The objects of the prompts: for shape those that come in many shapes, for appearance in many materials.
 CARRIERS = {
     "shape": ("a cake", "a cushion", "a candle", "a wooden sculpture"),
     "appearance": ("a teapot", "a chair", "a cat", "a car"),
@@ -70,27 +71,25 @@ MASK = ".mask"  # of NAME.png: NAME.mask.png
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """One subject: its attribute learnt from one image, or the floor."""
+class EvaluationConfig(SamplingConfig):
+    """One subject: its attribute learned from one image, or the floor."""
 
     subject: str
     tuning: TuningConfig
-    backbone: str
+    backbone: str = field(kw_only=True)  # without a default
     floor: bool = False
     prompts: int = len(SCENES)
-    # For each prompt.
+    # Images per prompt.
     images: int = 1
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 7.5
-    # Which networks score.
+    guidance_scale: float = field(default=7.5, kw_only=True)
+    # The networks that score.
     clip: str = OPENCLIP.architecture
     dino: str | None = None
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One image of a subject, and its mask where there is one."""
+    """One image of a subject, and its mask or None."""
 
     name: str
     image: Path
@@ -100,7 +99,7 @@ class Subject:
 def subjects_in(folder: Path) -> list[Subject]:
     """The subjects of a folder: its images, or the first image of each folder in it.
 
-    `NAME.mask.png` beside an image is its mask, white on the subject. Raises FileNotFoundError where there is
+    `NAME.mask.png` beside an image is its mask, white on the subject. Raises FileNotFoundError when there is
     no image.
     """
     if not folder.is_dir():
@@ -113,22 +112,22 @@ def subjects_in(folder: Path) -> list[Subject]:
     chosen += [(d.name, images(d)[0]) for d in sorted(folder.iterdir()) if d.is_dir() and images(d)]
     if not chosen:
         raise FileNotFoundError(f"{folder} holds no images, nor folders of them")
-    found = [Subject(n, f, f.with_name(f"{f.stem}{MASK}.png")) for n, f in chosen]
-    return [s if s.mask.is_file() else Subject(s.name, s.image, None) for s in found]
+    subjects = [Subject(n, f, f.with_name(f"{f.stem}{MASK}.png")) for n, f in chosen]
+    return [s if s.mask.is_file() else Subject(s.name, s.image, None) for s in subjects]
 
 
-def asked(attribute: str, count: int) -> list[tuple[str, str]]:
-    """`count` things and scenes, no two alike: a carrier of the attribute, and where it is."""
+def carriers_and_scenes(attribute: str, count: int) -> list[tuple[str, str]]:
+    """`count` distinct pairs of an object that carries the attribute and a scene."""
     carriers = CARRIERS[attribute]
-    # The scenes are a multiple of the carriers: each round of them begins with another.
+    # The scenes are a multiple of the carriers, so each round of scenes starts with another carrier.
     return [(carriers[(k + k // len(SCENES)) % len(carriers)], SCENES[k % len(SCENES)]) for k in range(count)]
 
 
 class Scorers:
     """The networks that score.
 
-    clip: a safetensors file of the OpenCLIP model in `OPENCLIP`; None takes it from the hub. dino: a hub id
-    or folder of a DINO model, or None for none.
+    clip: a safetensors file of the OpenCLIP model in `OPENCLIP`; None downloads it from the hub. dino: hub id
+    or folder of a DINO model; None scores without DINO.
     """
 
     def __init__(self, device: torch.device, clip: Path | None = None, dino: str | None = None) -> None:
@@ -166,25 +165,25 @@ class Scorers:
         images: Sequence[Image.Image],
         texts: Sequence[str],
         reference: Image.Image,
-        inside: Tensor | None,
+        mask: Tensor | None,
     ) -> dict[str, list[float | None]]:
         """Cosines of each image with its text (CLIP-T) and with the reference (CLIP-I, DINO), and IoU.
 
-        inside: the reference's silhouette (H, W); None where it is not known. An image whose foreground
-        cannot be told from its background has no IoU.
+        mask: the reference's silhouette (H, W); None where it is not known, and then there is no IoU. The IoU
+        of an image without a foreground is None.
         """
-        seen = self.clip_images(images)
+        embeddings = self.clip_images(images)
         scores: dict[str, list[float | None]] = {
-            "clip_t": (seen * self.clip_texts(texts)).sum(1).tolist(),
-            "clip_i": (seen @ self.clip_images([reference])[0]).tolist(),
+            "clip_t": (embeddings * self.clip_texts(texts)).sum(1).tolist(),
+            "clip_i": (embeddings @ self.clip_images([reference])[0]).tolist(),
         }
         if self.dino is not None:
             scores["dino"] = (self.dino_images(images) @ self.dino_images([reference])[0]).tolist()
-        if inside is not None:
+        if mask is not None:
             pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
             masks, failed = foreground.foreground_mask(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-            inside = F.interpolate(inside[None, None].float(), masks.shape[-2:], mode="area")[0]
-            iou = measure.aligned_iou(masks.float(), (inside > 0.5).float().expand(len(masks), -1, -1))
+            mask = F.interpolate(mask[None, None].float(), masks.shape[-2:], mode="area")[0]
+            iou = measure.aligned_iou(masks.float(), (mask > 0.5).float().expand(len(masks), -1, -1))
             scores["iou"] = [None if no else float(x) for x, no in zip(iou, failed, strict=True)]
         return scores
 
@@ -193,28 +192,28 @@ def evaluate(
     subject: Subject, config: EvaluationConfig, backbone: Backbone, scorers: Scorers, output: Path,
     learnt: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores of one subject, or of its floor; the pictures go to the folder `output`.
+    """Scores of one subject, or of its floor; the images are written to the folder `output`.
 
-    `learnt`, where it is given, is told by attribute how what is scored came about.
-
-    CLIP-I and DINO say how much of the *whole* reference is in the images: for one attribute of it, more is
-    not better by itself. Read them beside the floor, and CLIP-T beside both.
+    learnt: a dictionary that receives `Record.learnt`. CLIP-I and DINO compare images with the *whole*
+    reference, so a higher score is not always better for one attribute: read them beside floor and CLIP-T.
     """
     attribute = resolve_attribute(config.tuning.attribute)
-    picture, inside = open_image_and_mask(subject.image, backbone.image_size, subject.mask)
-    if inside is None:
-        found, failed = foreground.foreground_mask(picture[None])
-        inside = None if failed[0] else found.view(1, *picture.shape[-2:]).float()
+    picture, mask = open_image_and_mask(subject.image, backbone.image_size, subject.mask)
+    if mask is None:
+        masks, failed = foreground.foreground_mask(picture[None])
+        mask = None if failed[0] else masks.view(1, *picture.shape[-2:]).float()
     pipe = ESCDPipeline(backbone)
     if not config.floor:
-        made = learn_now(subject.image, attribute.name, config.tuning, backbone, subject.mask, progress=True)
+        customized = learn_now(
+            subject.image, attribute.name, config.tuning, backbone, subject.mask, progress=True
+        )
         if learnt is not None:
-            learnt[attribute.name] = made.told()
-        pipe = ESCDPipeline(backbone, **{attribute.name: made.customization})
+            learnt[attribute.name] = customized.as_dict()
+        pipe = ESCDPipeline(backbone, **{attribute.name: customized.customization})
     pipe.set_progress_bar_config(disable=True)
     word = attribute.word if config.floor else attribute.token
     images, texts = [], []
-    for thing, scene in asked(attribute.name, config.prompts):
+    for thing, scene in carriers_and_scenes(attribute.name, config.prompts):
         images += pipe(
             f"{PHRASES[attribute.name].format(thing, word)} {scene}",
             num_inference_steps=config.sampler_steps,
@@ -222,7 +221,7 @@ def evaluate(
             num_images_per_prompt=config.images,
             generator=[torch.Generator().manual_seed(config.seed + j) for j in range(config.images)],
         ).images
-        # CLIP-T: is the rest of the prompt obeyed?
+        # CLIP-T scores whether the rest of the prompt is obeyed, so its text leaves the attribute out.
         texts += [f"{thing} {scene}"] * config.images
     folder = output / f"{subject.name}-{attribute.name}" / ("floor" if config.floor else "learnt")
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +229,7 @@ def evaluate(
         with whole(folder / f"{k:03d}.png") as unfinished:
             image.save(unfinished)
     reference = ((picture.cpu() / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
-    silhouette = None if inside is None else inside[0].cpu()
+    silhouette = None if mask is None else mask[0].cpu()
     return scorers.score(images, texts, Image.fromarray(reference), silhouette)
 
 
@@ -262,16 +261,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         subjects = subjects_in(arguments.subjects)
         given = {name: getattr(arguments, name) for name in ("steps", "rank", "seed")}
-        TuningConfig.of(arguments.attribute, **given)  # bad numbers are told before the backbone is loaded
+        TuningConfig.of(arguments.attribute, **given)  # raises for bad numbers before the backbone is loaded
         for subject in subjects:
-            open_image_and_mask(subject.image, 64, subject.mask)  # and bad images
+            open_image_and_mask(subject.image, 64, subject.mask)  # and for bad images
         backbone = load_backbone(arguments.backbone, filters=arguments.filters)
         tuning = TuningConfig.of(arguments.attribute, None, backbone, **given)
         require_memory(tuning_cost(backbone, tuning), backbone.device)
         scorers = Scorers(backbone.device, arguments.clip, arguments.dino)
     except (OSError, ValueError, TypeError, MemoryError) as error:
         parser.error(" ".join(str(error).split()))
-    found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    results: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     runs = [(subject, floor) for subject in subjects for floor in (True, False)]
     for subject, floor in tqdm(runs, desc="evaluation", unit="run"):
         config = EvaluationConfig(
@@ -300,19 +299,19 @@ def main(argv: list[str] | None = None) -> None:
             folder=arguments.output,
             learnt=lambda learnt=learnt: learnt,
         )
-        found[floor].append(record.metrics)
-    print(show(found))
+        results[floor].append(record.metrics)
+    print(show(results))
     print(f"{arguments.output}: the images, and evaluation.jsonl with every score and its config")
 
 
-def show(found: dict[bool, list[dict[str, Any]]]) -> str:
-    """A table: mean of each score over subjects, of the floor and of what was learnt."""
-    names = list(dict.fromkeys(name for metrics in found[False] for name in metrics))
+def show(results: dict[bool, list[dict[str, Any]]]) -> str:
+    """A table: the mean of each score over subjects, for the floor and for the learned attribute."""
+    names = list(dict.fromkeys(name for metrics in results[False] for name in metrics))
     lines = [f"{'':22}" + "".join(f"{name:>10}" for name in names)]
     for floor, label in ((True, "untouched backbone"), (False, "attribute learnt")):
         cells = []
         for name in names:
-            values = [x for metrics in found[floor] for x in metrics.get(name, []) if x is not None]
+            values = [x for metrics in results[floor] for x in metrics.get(name, []) if x is not None]
             cells.append(f"{sum(values) / len(values):10.3f}" if values else f"{'--':>10}")
         lines.append(f"{label:22}" + "".join(cells))
     return "\n".join(lines)

@@ -16,28 +16,40 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)  # of a customization's change
 Kind = Literal["floor", "customized", "ceiling", "lossless", "flat", "copy"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How images are generated: what the configs of generated images share."""
+
+    backbone: str = "mini"
+    # Seed of the first image's noise; image i has seed + i.
+    seed: int = 0
+    sampler_steps: int = 25
+    guidance_scale: float = 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListConfig(SamplingConfig):
+    """Images that are scored against the candidates of a list of references."""
+
+    # Of LISTS or REAL_LISTS, or "folder", "folder 2" and so on.
+    list: str = "evaluation"
+
+
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(ListConfig):
     """One attribute of one reference: tuned, or a control of the same prompts."""
 
     # "shape" or "appearance".
     attribute: str
     # Id of the reference in its list.
     reference: str
-    # "floor": the untouched backbone; "ceiling": the autoencoder's reconstruction of a right answer;
-    # "lossless": the right answer itself; "flat": the same, filled with the material's mean colour (for an
-    # appearance); "copy": the reference, whatever was asked for, which is what full leakage would score.
+    # "customized", or a control. "floor": the untouched backbone. "lossless": an oracle image, painted as the
+    # prompt says. "ceiling": the oracle image through the autoencoder. "flat": the oracle image filled with
+    # the material's mean colour (for an appearance). "copy": the reference, whatever the prompt says; its
+    # scores are those of full leakage.
     kind: Kind
-    # How it was learnt; None for the others.
+    # None for a control.
     tuning: TuningConfig | None = None
-    # Which list the reference and its candidates are from: of LISTS, of REAL_LISTS, or "folder", "folder 2"
-    # and so on.
-    list: str = "evaluation"
-    backbone: str = "mini"
-    # First seed of the pictures' noise.
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 4.0
 
     def __post_init__(self) -> None:
         if self.kind == "flat" and self.attribute != "appearance":
@@ -45,27 +57,22 @@ class StudyConfig:
 
     @property
     def arm(self) -> str:
-        """What the tables call it: the kind, "word" (the pseudo-word at zero steps), or the part tuned.
+        """Its name in the tables: the kind, "word" (the pseudo-word at zero steps), or the tuned part.
 
-        A part tuned on the reference as it is (`augmentation` 0: the source's recipe) is "PART (source)".
+        A part tuned without augmentation (the source's recipe) is "PART (source)".
         """
         return _arm(self.kind, self.tuning)
 
 
 @dataclass(frozen=True)
-class CompositionConfig:
-    """The shape of one reference with the appearance of another, in one pass a step."""
+class CompositionConfig(ListConfig):
+    """The shape of one reference with the appearance of another, in one pass per step."""
 
     shape: str
     appearance: str
     kind: Kind
     shape_tuning: TuningConfig | None = None
     appearance_tuning: TuningConfig | None = None
-    list: str = "evaluation"
-    backbone: str = "mini"
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 4.0
 
     def __post_init__(self) -> None:
         if self.kind == "copy":
@@ -80,8 +87,8 @@ class CompositionConfig:
 
 
 @dataclass(frozen=True)
-class RankConfig:
-    """A customization of the study brought to a low rank, and asked what `StudyConfig` asks."""
+class RankConfig(ListConfig):
+    """A customization of the study at a low rank, scored on the prompts of `StudyConfig`."""
 
     attribute: str
     reference: str
@@ -90,27 +97,18 @@ class RankConfig:
     rank: int | None
     # Leave out what an exported LoRA cannot carry: the changes of biases and norms.
     exportable: bool = False
-    list: str = "evaluation"
-    backbone: str = "mini"
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 4.0
 
 
 @dataclass(frozen=True)
-class ObedienceConfig:
-    """Fresh prompts with named attributes, one picture each, judged."""
+class ObedienceConfig(SamplingConfig):
+    """Prompt obedience of a backbone: prompts that name every attribute, one image each, judged."""
 
     prompts: int = 512
-    backbone: str = "mini"
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 4.0
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Reconstruction of pictures the autoencoder never saw, beside a linear code of the same rate."""
+    """Reconstruction of held-out images by the autoencoder, beside a linear code of the same rate."""
 
     images: str  # of IMAGE_SETS
     backbone: str = "mini"
@@ -118,10 +116,10 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class JudgesConfig:
-    """What share of held-out pictures the judges judge right after the autoencoder."""
+    """Accuracy of the judges on held-out images, after the autoencoder."""
 
     pictures: int = 4096
-    split: str = "train"  # the families the judges learnt, other pictures; "heldout": families they never saw
+    split: str = "train"  # new images of the families the judges are trained on; "heldout": new families
     backbone: str = "mini"
 
 
@@ -129,27 +127,27 @@ def _arm(kind: str, tuning: TuningConfig | None) -> str:
     if kind != "customized":
         return kind
     if tuning is None:
-        raise ValueError("a customized run says how it was tuned")
+        raise ValueError("a customized run says how it was tuned: give its tuning")
     if tuning.part == NO_PART:
         return "word" if tuning.steps == 0 else tuning.part
     return tuning.part if tuning.augmentation else f"{tuning.part} (source)"
 
 
 PARTS = ("encoder", "decoder", "all")
-# Parts of the decoder with about as many weights as the encoder (on `mini` 2.13 and 1.88 million beside 2.08;
-# the decoder has 5.32), to tell what a half can do from what its size can.
-ALIKE = ("decoder/attentions", "up.1")
+# Parts of the decoder with about as many weights as the encoder: on `mini` 2.13 and 1.88 million, the encoder
+# has 2.08 and the decoder 5.32. They separate the effect of the half from that of its size.
+EQUAL_SIZE = ("decoder/attentions", "up.1")
 
 
 def configs(
     listed: References, *, backbone: str = "mini", attributes: Sequence[str] = tuple(ATTRIBUTES),
     parts: Sequence[str] = PARTS, seed: int = 0, composition: bool = True,
 ) -> list[StudyConfig | CompositionConfig]:  # fmt: skip
-    """The quick study of a list: floor, word, each part and ceiling of both attributes; both compositions.
+    """The study of a list: for each attribute floor, word, each part, and ceiling; and both compositions.
 
     A composition takes the shape of each reference and the appearance of the next. The real lists have more
-    arms: the source's recipe (each attribute's own half on the reference as it is), a lossless right answer,
-    a copy of the reference, and, for an appearance and for both, a flat colour.
+    arms: the source's recipe (each attribute's own half, without augmentation), the lossless oracle image, a
+    copy of the reference, and, for appearance and composition, a flat colour.
     """
     real = listed.name in REAL_LISTS
     grid: list[StudyConfig | CompositionConfig] = []
@@ -184,7 +182,7 @@ def configs(
 
 
 def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -> list[RankConfig]:
-    """Each attribute learnt the default way: in full, at each of `RANKS`, and as far as it can travel."""
+    """Each attribute with its default tuning: in full, at each of `RANKS`, and as exported."""
     grid = []
     for reference in listed:
         for attribute in ATTRIBUTES:
@@ -196,17 +194,17 @@ def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -
     return grid
 
 
-def alike_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -> list[StudyConfig]:
-    """Both attributes, learnt in each part of the decoder that is as large as the encoder (`ALIKE`)."""
-    grid = configs(listed, backbone=backbone, parts=ALIKE, seed=seed, composition=False)
-    return [config for config in grid if config.arm in ALIKE]
+def equal_size_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -> list[StudyConfig]:
+    """Both attributes, tuned in each part of the decoder that is as large as the encoder (`EQUAL_SIZE`)."""
+    grid = configs(listed, backbone=backbone, parts=EQUAL_SIZE, seed=seed, composition=False)
+    return [config for config in grid if config.arm in EQUAL_SIZE]
 
 
-def share(grid: Sequence[Any], worker: int, workers: int) -> list[Any]:
-    """What one of several workers runs of a grid: all runs of every so many references.
+def shard(grid: Sequence[Any], worker: int, workers: int) -> list[Any]:
+    """The part of a grid that one of several workers runs: all runs of every `workers`-th reference.
 
-    Each reference is learnt in the same ways, so that no worker has more to learn than another, and what one
-    has learnt for the tables it uses again for the ranks.
+    Every reference has the same tunings, so the workers tune equally much, and the runs at low ranks use the
+    customizations of the same worker.
     """
     groups: dict[Any, list[Any]] = {}
     for config in grid:
@@ -221,6 +219,6 @@ def share(grid: Sequence[Any], worker: int, workers: int) -> list[Any]:
 
 
 def backbone_configs(backbone: str = "mini") -> list[Any]:
-    """What is measured of a backbone by itself."""
+    """The runs that score a backbone itself: its autoencoder, the judges after it, its prompt obedience."""
     autoencoder = [AutoencoderConfig(name, backbone) for name in IMAGE_SETS]
     return [*autoencoder, JudgesConfig(backbone=backbone), ObedienceConfig(backbone=backbone)]

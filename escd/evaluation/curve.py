@@ -1,9 +1,9 @@
-"""What `mini` can do at each checkpoint of its training: `python -m escd.evaluation.curve` makes the records.
+"""Scores of `mini` at each checkpoint of its training: `python -m escd.evaluation.curve` makes the records.
 
-Training keeps the averaged model of every evaluation under `runs/pretrain/<stage>/checkpoints/<images>`. Each
-UNet is asked a fixed set of prompts and tuned on a few development references, each autoencoder rebuilds
-pictures it never saw. The scores are kept as records, since the checkpoints are not: so they show whether
-more training still helps the method.
+Training keeps the averaged model of every evaluation under `runs/pretrain/<stage>/checkpoints/<images>`. A
+UNet is scored on a fixed set of prompts and tuned on a few development references; an autoencoder
+reconstructs held-out images. The records show whether more training still helps; the checkpoints are not
+published.
 """
 
 from __future__ import annotations
@@ -29,39 +29,35 @@ from ..loading import load_backbone
 from ..method.config import TuningConfig
 from ..method.fusion import AttributeFilter
 from .autoencoder import autoencoder_scores, image_sets
-from .configs import ObedienceConfig, StudyConfig
+from .configs import ObedienceConfig, SamplingConfig, StudyConfig
 from .references import load_references
 from .study import Study
 
-# What each attribute's transfer and its leakage are retrieved by.
+# Attribute, the score of its transfer, the score of its leakage.
 SCORED = (("shape", "silhouette", "texture_material"), ("appearance", "material", "silhouette"))
 STAGES = ("unet", "autoencoder")
 
 
 @dataclass(frozen=True)
-class CurveConfig:
-    """One checkpoint: how many images its UNet has seen, and what it is asked."""
+class CurveConfig(SamplingConfig):
+    """One checkpoint of the UNet, after training on `images` images, and what it is scored on."""
 
     images: int
     prompts: int = 256
-    # The first so many of the development list; with none, nothing is tuned.
+    # How many references of the development list; with 0, nothing is tuned.
     references: int = 3
-    backbone: str = "mini"
-    seed: int = 0
-    sampler_steps: int = 25
-    guidance_scale: float = 4.0
 
 
 @dataclass(frozen=True)
 class ReconstructionCurveConfig:
-    """One checkpoint of the autoencoder, by how many images it has seen."""
+    """One checkpoint of the autoencoder, after training on `images` images."""
 
     images: int
     backbone: str = "mini"
 
 
 def score_autoencoder(config: ReconstructionCurveConfig, folder: Path) -> dict[str, Any]:
-    """PSNR and kept detail of each set of pictures (`escd.evaluation.autoencoder.autoencoder_scores`)."""
+    """PSNR and detail of each image set (`escd.evaluation.autoencoder.autoencoder_scores`)."""
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
     metrics: dict[str, Any] = {}
     for name, (images, others) in image_sets().items():
@@ -74,8 +70,8 @@ def score_autoencoder(config: ReconstructionCurveConfig, folder: Path) -> dict[s
 def score_checkpoint(config: CurveConfig, folder: Path) -> dict[str, Any]:
     """Obedience, and transfer and leakage of each attribute in its own half, of the UNet in `folder`.
 
-    The pseudo-words start from the checkpoint's own filters, where it has any, else from the plain words: the
-    shipped filters read another UNet's features.
+    The pseudo-words start from the checkpoint's own filters if it has any, else from the plain words, because
+    the shipped filters are trained on another UNet's features.
     """
     study = Study(backbones={config.backbone: _backbone(config.backbone, folder)})
     same = {name: getattr(config, name) for name in ("backbone", "seed", "sampler_steps", "guidance_scale")}
@@ -112,7 +108,7 @@ def _mean(rows: list[dict[str, list]], name: str, failed: float) -> float:
 
 
 def seconds_at(images: int, weights: Path, stage: str = "unet") -> float | None:
-    """Training time of a stage up to a checkpoint, from the training record; None where it does not say."""
+    """Training time of a stage up to a checkpoint, from `training.json`; None where it has no such entry."""
     trained = json.loads((weights / "training.json").read_text())[stage]
     ends, images_before, seconds_before = {0: 0.0}, 0, 0.0
     for run in trained.get("earlier", []):
@@ -125,25 +121,25 @@ def seconds_at(images: int, weights: Path, stage: str = "unet") -> float | None:
 
 @cache
 def points(backbone: str = "mini", stage: str = "unet") -> list[records.Record]:
-    """The curve by images seen; of a checkpoint that was asked more than once, the record made last."""
+    """The curve, by number of training images; the newest record of each checkpoint."""
     kind = CurveConfig if stage == "unet" else ReconstructionCurveConfig
-    found = [r for r in records.all(kind) if r.config["backbone"] == backbone]
-    newest = {record.config["images"]: record for record in found}
+    stored = [r for r in records.all(kind) if r.config["backbone"] == backbone]
+    newest = {record.config["images"]: record for record in stored}
     return [newest[images] for images in sorted(newest)]
 
 
 def in_words(record: records.Record) -> str:
     """A point's scores, on one line."""
-    found = record.metrics
-    if "obeyed" not in found:
-        sets = {name: scores for name, scores in found.items() if name != "trained_seconds"}
+    metrics = record.metrics
+    if "obeyed" not in metrics:
+        sets = {name: scores for name, scores in metrics.items() if name != "trained_seconds"}
         return ", ".join(f"{name} {scores['psnr']:.1f} dB" for name, scores in sets.items())
-    said = ["obeyed: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in found["obeyed"].items())]
+    parts = ["obeyed: " + ", ".join(f"{k} {100 * v:.0f} %" for k, v in metrics["obeyed"].items())]
     for name, *_ in SCORED:
-        if name in found:
-            shares = ", ".join(f"{key} {100 * found[name][key]:.0f} %" for key in ("retrieved", "leaked"))
-            said.append(f"{name}: {shares}, IoU {found[name]['iou']:.2f}")
-    return "; ".join(said)
+        if name in metrics:
+            shares = ", ".join(f"{key} {100 * metrics[name][key]:.0f} %" for key in ("retrieved", "leaked"))
+            parts.append(f"{name}: {shares}, IoU {metrics[name]['iou']:.2f}")
+    return "; ".join(parts)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=CurveConfig.prompts)
     parser.add_argument("--references", type=int, default=CurveConfig.references, metavar="N")
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)  # so that one worker gives the bits that several give
+    torch.set_num_threads(1)  # one process and several processes give the same bits
     state = PartialState(cpu=not torch.cuda.is_available())
     kept = arguments.checkpoints or paths.RUNS / "pretrain" / arguments.stage / "checkpoints"
     folders = sorted(path.parent for path in kept.glob("*/unet" if arguments.stage == "unet" else "*/vae"))

@@ -1,10 +1,9 @@
-"""Judges of named attributes: which shape, pattern, colours and background a picture shows, or none of these.
+"""Judges: classifiers of the named shape, pattern, colours and background of an image, or "none of these".
 
-A judge is one small residual network with a head for each attribute, trained on pictures of the world whose
-seed and whose initialisation the backbone never saw, half of them blurred as an autoencoder blurs.
-`python -m escd.pretrain.judges` trains it (resumable) and prints its accuracy on held-out pictures *after*
-the backbone's autoencoder. What no person could name is neither trained on nor validated on;
-`answers.targets_of` states the rules.
+One small residual network has a head for each attribute. `python -m escd.pretrain.judges` trains it on
+renders of the world with a seed and an initialisation of its own, half of them blurred like the output of an
+autoencoder, and prints its accuracy on held-out renders *after* the backbone's autoencoder. Ambiguous labels
+are left out of training and validation (`answers.targets_of`).
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ HEADS = {
     "colours": len(COLOURS) + 1,
     "background": len(BACKGROUNDS) + 1,
 }
-MIRRORED = ((), (-1,), (-2,), (-2, -1))  # a picture and its mirror images show one pattern
+MIRRORED = ((), (-1,), (-2,), (-2, -1))  # flipped axes: an image and its mirror images have one pattern
 
 
 class Judge(ModelMixin, ConfigMixin):
     """The network: images (N, 3, H, W) in [-1, 1] -> logits of each head, the last entry "none of these".
 
-    First the figure is told from the ground, by a small network that learns it from the world's masks
-    (`Figure`), and is centred and brought to one size. On this view a residual network sees the outline as
-    an arrangement of coarse features, and pattern and colours as means and deviations of features at every
-    scale, down to single pixels, inside the object.
+    A small network (`Figure`), trained on the world's masks, segments the figure, which is then centred and
+    scaled to one size. On this view a residual network describes the outline by the arrangement of coarse
+    features, and pattern and colours by means and deviations of features over the figure, at every scale
+    down to single pixels.
     """
 
     @register_to_config
@@ -50,7 +49,7 @@ class Judge(ModelMixin, ConfigMixin):
         self.register_buffer("fit", fit, persistent=False)  # (3, frame pixels)
         self.register_buffer("frame", frame, persistent=False)  # (S S,)
         self.figure = Figure()
-        channels = 8  # colour, its difference from the ground, that difference's length, figure or not
+        channels = 8  # colour (3), its difference from the ground (3), that difference's norm, the figure
         self.pixels = nn.Sequential(
             nn.Conv2d(channels, pixel_width, 1), nn.BatchNorm2d(pixel_width), nn.ReLU(),
             nn.Conv2d(pixel_width, pixel_width, 1), nn.BatchNorm2d(pixel_width), nn.ReLU(),
@@ -64,7 +63,7 @@ class Judge(ModelMixin, ConfigMixin):
         self.arrangement = nn.Sequential(
             nn.Linear(9 * widths[-1], widths[-1]), nn.BatchNorm1d(widths[-1]), nn.ReLU()
         )
-        # three coefficients of three colours, how uneven the frame is, how large the view and the figure are
+        # 3 x 3 plane coefficients, unevenness of the frame, scale of the view, area of the figure
         self.ground = nn.Sequential(nn.Linear(12, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
         total = 2 * (pixel_width + sum(widths)) + 3 * widths[-1] + 64
         self.heads = nn.ModuleDict({
@@ -83,37 +82,38 @@ class Judge(ModelMixin, ConfigMixin):
             images = F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
         images = images.to(self.plane.dtype)
         with torch.autocast(images.device.type, enabled=False):
-            apart, told, frame = self.apart_from_ground(images)
-        found = self.figure(torch.cat([images, apart, told], 1)).float()
+            apart, stands_off, frame = self.apart_from_ground(images)
+        figure_logits = self.figure(torch.cat([images, apart, stands_off], 1)).float()
         with torch.autocast(images.device.type, enabled=False):
-            # The figure learns from the world's masks alone, not from what its view was good for.
-            view, ground = self.view_of(images, apart, found.detach().sigmoid() + 1e-4, frame)
+            # Detached: the figure is trained on the world's masks only, not through the heads.
+            view, ground = self.view_of(images, apart, figure_logits.detach().sigmoid() + 1e-4, frame)
         figure, view = view[:, -1:], view.contiguous(memory_format=torch.channels_last)
-        pooled = _inside(self.pixels(view[..., ::2, ::2]), figure)
+        pooled = _pooled(self.pixels(view[..., ::2, ::2]), figure)
         maps = view
         for stage in self.stages:
             maps = stage(maps)
-            pooled += _inside(maps, figure)
+            pooled += _pooled(maps, figure)
         arranged = self.arrangement(F.adaptive_avg_pool2d(maps, 3).flatten(1))
         pooled += [maps.mean((2, 3)), maps.amax((2, 3)), arranged, self.ground(ground)]
         features = torch.cat(pooled, 1)
-        return {name: head(features) for name, head in self.heads.items()}, found
+        return {name: head(features) for name, head in self.heads.items()}, figure_logits
 
     def apart_from_ground(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How images differ from a plane of colour fitted to their frame, and whether by more than it does.
+        """Difference of images from a plane of colour fitted to their frame.
 
-        (N, 3, S, S), (N, 1, S, S) from 0 to 1, and what the frame says of the ground (N, 10).
+        Returns the difference (N, 3, S, S), whether it exceeds the frame's own unevenness (N, 1, S, S) in
+        [0, 1], and the features of the frame (N, 10).
         """
         colours = images.flatten(2).transpose(1, 2)  # (N, S S, 3)
         plane = self.fit @ colours[:, self.frame]  # (N, 3, 3)
         apart = (colours - self.plane @ plane).transpose(1, 2).view_as(images)
         distance = apart.norm(dim=1, keepdim=True)  # (N, 1, S, S)
         uneven = distance.flatten(2)[..., self.frame].square().mean(-1).sqrt()  # (N, 1)
-        told = ((distance - 2.5 * uneven[..., None, None] - 0.1) / 0.2).clamp(0, 1)
-        return apart, told, torch.cat([plane.flatten(1), uneven], 1)
+        stands_off = ((distance - 2.5 * uneven[..., None, None] - 0.1) / 0.2).clamp(0, 1)
+        return apart, stands_off, torch.cat([plane.flatten(1), uneven], 1)
 
     def view_of(self, images: Tensor, apart: Tensor, figure: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
-        """The figure (N, 8, V, V), centred and at one size, and what is said of the ground (N, 12)."""
+        """The figure (N, 8, V, V), centred and at one size, and the features of the ground (N, 12)."""
         x, y = (self.plane[:, axis].view(SIZE, SIZE) for axis in (1, 2))
         area = figure.sum((1, 2, 3))
         across, down = ((figure[:, 0] * axis).sum((1, 2)) / area for axis in (x, y))
@@ -141,10 +141,9 @@ def _frame_fit() -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Figure(nn.Module):
-    """Tells the figure from the ground: (N, 7, S, S) -> logits (N, 1, S, S), at half size and coarser.
+    """Segments the figure: (N, 7, S, S) -> logits (N, 1, S, S), computed at half size and coarser.
 
-    It is given the picture, its difference from the plane of `Judge.apart_from_ground`, and what stands off
-    that plane.
+    The input is the image and the two maps of `Judge.apart_from_ground`.
     """
 
     def __init__(self, channels: int = 7, widths: tuple[int, ...] = (24, 48, 64)) -> None:
@@ -159,16 +158,16 @@ class Figure(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
-        seen = []
+        skips = []
         for stage in self.down:
             x = stage(x)
-            seen.append(x)
-        for stage, beside in zip(self.up, seen[-2::-1], strict=True):
-            x = stage(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), beside], 1))
+            skips.append(x)
+        for stage, skip in zip(self.up, skips[-2::-1], strict=True):
+            x = stage(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], 1))
         return F.pixel_shuffle(self.last(x), 2)
 
 
-def _inside(maps: Tensor, figure: Tensor) -> list[Tensor]:
+def _pooled(maps: Tensor, figure: Tensor) -> list[Tensor]:
     """Mean and deviation (N, C) of maps (N, C, h, w) over the figure (N, 1, V, V)."""
     weight = F.adaptive_avg_pool2d(figure, maps.shape[-2:])
     weight = weight / weight.sum((2, 3), keepdim=True).clamp(min=1e-3)
@@ -192,12 +191,12 @@ class Residual(nn.Module):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge sees in N pictures; NONE where it is none of the named ones."""
+    """The labels of N images; NONE where a label is none of the named ones."""
 
     shape: Tensor  # (N,) index into SHAPES, or NONE
     pattern: Tensor  # (N,) index into PATTERNS, or NONE
     colours: Tensor  # (N, 8) bool: which of COLOURS the object shows
-    other_colour: Tensor  # (N,) bool: it shows a colour that has no name
+    other_colour: Tensor  # (N,) bool: the object shows a colour without a name
     background: Tensor  # (N,) index into BACKGROUNDS, or NONE
 
     def __len__(self) -> int:
@@ -212,9 +211,9 @@ class Judges:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, batch_size: int = 128) -> Judgement:
-        """Judge images (N, 3, H, W) in [-1, 1]; of another size than 64 px they are resized.
+        """Judge images (N, 3, H, W) in [-1, 1]; they are resized to 64 px.
 
-        The pattern is what the picture and its mirror images (`MIRRORED`) are together likeliest to show.
+        The pattern is the likeliest one for the image and its mirror images (`MIRRORED`) together.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are (N, 3, H, W), not {tuple(images.shape)}")
@@ -231,7 +230,7 @@ class Judges:
 
 
 def judgement(logits: dict[str, Tensor]) -> Judgement:
-    """The likeliest label of each head, and every colour likelier than not."""
+    """The likeliest label of each head, and every colour with a probability above a half."""
 
     def label(name: str) -> Tensor:
         best = logits[name].argmax(-1)
@@ -242,8 +241,8 @@ def judgement(logits: dict[str, Tensor]) -> Judgement:
 
 
 def load_judges(folder: str | Path = WEIGHTS / "judges", device: str | torch.device = "cpu") -> Judges:
-    """The judges that ship with the package, or those of a folder; FileNotFoundError where there are none."""
-    # diffusers would look for a folder that is not there on the hub.
+    """The judges of the package, or those of a folder; FileNotFoundError where there are none."""
+    # diffusers would look up the name of a missing folder on the hub.
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"no judges in {folder}: `python -m escd.pretrain.judges` trains them")
     network = Judge.from_pretrained(folder, torch_dtype=torch.float32)
@@ -251,48 +250,33 @@ def load_judges(folder: str | Path = WEIGHTS / "judges", device: str | torch.dev
 
 
 def obeyed(
-    seen: Judgement,
+    judged: Judgement,
     *,
     shape: Sequence[str] | None = None,
     pattern: Sequence[str] | None = None,
     colours: Sequence[Sequence[str]] | None = None,
     background: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Whether each picture shows what its prompt asked for, (N,) bool for each attribute that is given.
+    """Whether each image shows what its prompt names: (N,) bool for each attribute that is given.
 
-    One name a picture; `colours` one list a picture, obeyed when exactly these are shown. "None of these"
-    is a miss. Raises ValueError for an unknown name.
+    Each argument has one value per image; `colours` a list of names, obeyed when exactly these are shown.
+    "None of these" is a miss. Raises ValueError for an unknown name and for another number of values.
     """
-    for name, asked in (
-        ("shape", shape),
-        ("pattern", pattern),
-        ("colours", colours),
-        ("background", background),
-    ):
-        if asked is not None and len(asked) != len(seen):
-            raise ValueError(f"{len(asked)} values of {name} were asked of {len(seen)} pictures")
-    found: dict[str, Tensor] = {}
-    for name, asked, known in (
-        ("shape", shape, SHAPES),
-        ("pattern", pattern, PATTERNS),
-        ("background", background, BACKGROUNDS),
-    ):
-        if asked is not None:
-            _require_one_each(name, asked, seen)
-            wanted = torch.tensor([_index(word, known, name) for word in asked], device=seen.shape.device)
-            found[name] = getattr(seen, name) == wanted
+    given = {"shape": shape, "pattern": pattern, "background": background, "colours": colours}
+    for name, named in given.items():
+        if named is not None and len(named) != len(judged):
+            raise ValueError(f"{len(named)} values of {name} are given for {len(judged)} images")
+    right: dict[str, Tensor] = {}
+    for name, known in (("shape", SHAPES), ("pattern", PATTERNS), ("background", BACKGROUNDS)):
+        if given[name] is not None:
+            wanted = torch.tensor([_index(word, known, name) for word in given[name]])
+            right[name] = getattr(judged, name) == wanted.to(judged.shape.device)
     if colours is not None:
-        _require_one_each("colours", colours, seen)
-        wanted = torch.zeros_like(seen.colours)
+        wanted = torch.zeros_like(judged.colours)
         for row, words in enumerate(colours):
             wanted[row, [_index(word, COLOURS, "colour") for word in words]] = True
-        found["colours"] = (seen.colours == wanted).all(1) & ~seen.other_colour
-    return found
-
-
-def _require_one_each(name: str, asked: Sequence, seen: Judgement) -> None:
-    if len(asked) != len(seen):
-        raise ValueError(f"{len(asked)} values of {name} were asked of {len(seen)} pictures")
+        right["colours"] = (judged.colours == wanted).all(1) & ~judged.other_colour
+    return right
 
 
 def _index(word: str, known: Sequence[str], what: str) -> int:

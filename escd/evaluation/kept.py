@@ -1,7 +1,7 @@
-"""What the study learnt, kept on disk under a key of everything that made it, so that no part is tuned twice.
+"""The study's customizations, kept on disk so that none is tuned twice.
 
-A kept customization is two files: the customization, and a JSON text that says when, at which commit and in
-how many steps and seconds it was learnt, and the sha256 of what it holds.
+A kept customization is two files: the customization, named by a key over everything that decides its values,
+and a JSON file with its date, commit, steps, seconds and sha256 (`About`).
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ from ..data.images import Source
 from ..files import write_text
 from ..method.config import TuningConfig
 from ..method.customization import Customization, load_customization
-from ..method.delta import LowRank
 from ..method.tuning import customize
 from .references import Reference
 
-# The module whose source, with all of this package that it imports, is the method.
+# The source of this module, and of all that it imports from this package, is part of the key.
 METHOD = customize.__module__
 
 
 @dataclass(frozen=True)
 class About:
-    """How a customization came about, and what it is."""
+    """When, how and from which commit a customization was learned, and its sha256."""
 
     date: str
     commit: str | None
@@ -47,40 +46,40 @@ class About:
 
 @dataclass(frozen=True)
 class Learnt:
-    """A customization; `kept`: whether an earlier run learnt it."""
+    """A customization; `kept`: whether an earlier run learned it."""
 
     customization: Customization
     about: About
     kept: bool
 
-    def told(self) -> dict[str, str | int | float | bool | None]:
-        """What a record says of it."""
+    def as_dict(self) -> dict[str, str | int | float | bool | None]:
+        """Its entry in `Record.learnt`."""
         return {**asdict(self.about), "kept": self.kept}
 
 
 def learn(
     folder: Path, attribute: str, reference: Reference, config: TuningConfig, backbone: Backbone, weights: str
 ) -> Learnt:
-    """The customization that `folder` keeps, or one learnt now and kept there.
+    """The customization that `folder` keeps; where there is none, it is learned now and kept there.
 
-    `weights` is the backbone's `weights_sha256`. An interrupt goes on to the caller, and nothing is kept.
+    weights: the backbone's `weights_sha256`. After an interrupt, which reaches the caller, nothing is kept.
     """
     key = key_of(attribute, reference, config, backbone, weights)
     path = folder / f"{attribute}-{key[:16]}.safetensors"
     about = _about(path)
     if about is not None:
-        found = load_customization(path, backbone)
-        if found.steps == about.steps == config.steps and sha256_of(found) == about.sha256:
-            return Learnt(found, about, kept=True)
+        stored = load_customization(path, backbone)
+        if stored.steps == about.steps == config.steps and sha256_of(stored) == about.sha256:
+            return Learnt(stored, about, kept=True)
         tqdm.write(
-            f"{path.name} has {found.steps} steps and is to have {config.steps}, or was changed since: "
-            "it is learnt again"
+            f"{path.name} has {stored.steps} steps and is to have {config.steps}, or was changed since: "
+            "it is learned again"
         )
-    made = learn_now(reference.image, attribute, config, backbone)
+    learnt = learn_now(reference.image, attribute, config, backbone)
     folder.mkdir(parents=True, exist_ok=True)
-    made.customization.save(path)
-    write_text(path.with_suffix(".json"), json.dumps(asdict(made.about), indent=1) + "\n")
-    return made
+    learnt.customization.save(path)
+    write_text(path.with_suffix(".json"), json.dumps(asdict(learnt.about), indent=1) + "\n")
+    return learnt
 
 
 def learn_now(
@@ -91,7 +90,7 @@ def learn_now(
     mask: Source | None = None,
     progress: bool = False,
 ) -> Learnt:
-    """A customization learnt now, in all its steps: for a record, an interrupt must not leave fewer."""
+    """A customization learned now. An interrupt reaches the caller: a record needs all of the steps."""
     start = time.perf_counter()
     learnt = customize(
         image, attribute, backbone,
@@ -103,7 +102,7 @@ def learn_now(
 
 
 def _about(path: Path) -> About | None:
-    """What the text beside a kept customization says; None where one of the two files is missing."""
+    """The JSON file of a kept customization; None where one of the two files is missing."""
     text = path.with_suffix(".json")
     return About(**json.loads(text.read_text(encoding="utf-8"))) if path.exists() and text.exists() else None
 
@@ -111,7 +110,7 @@ def _about(path: Path) -> About | None:
 def key_of(
     attribute: str, reference: Reference, config: TuningConfig, backbone: Backbone, weights: str
 ) -> str:
-    """sha256 over everything that decides what is learnt: inputs, backbone, config, code and platform."""
+    """sha256 over all that decides a customization: inputs, backbone, config, code, platform."""
     made_from = {
         "attribute": attribute,
         "inputs": reference.inputs,
@@ -125,29 +124,23 @@ def key_of(
 
 
 def sha256_of(customization: Customization) -> str:
-    """sha256 of what changes a picture: the attribute, the part, the pseudo-word and the weights' changes."""
-    tensors = {"pseudo_word": customization.pseudo_word}
-    for name, change in customization.delta.items():
-        if isinstance(change, LowRank):
-            tensors |= {f"up.{name}": change.up, f"down.{name}": change.down}
-        else:
-            tensors[f"delta.{name}"] = change
+    """sha256 of what affects images: attribute, part, pseudo-word and the changes of the weights."""
     digest = hashlib.sha256(json.dumps([asdict(customization.attribute), customization.part]).encode())
-    _update(digest, tensors)
+    _update(digest, customization.tensors)
     return digest.hexdigest()
 
 
 def weights_sha256(backbone: Backbone) -> str:
-    """sha256 of all that a backbone computes with: its networks, filters included, tokenizer, scheduler."""
-    # Its model is the vocabulary and the merges, without the pseudo-words added since.
+    """sha256 of a backbone's networks (with the attribute filters), tokenizer and scheduler."""
+    # "model" is the vocabulary and the merges; it leaves out pseudo-words that were added later.
     tokenizer = json.loads(backbone.tokenizer.backend_tokenizer.to_str())["model"]
     digest = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode())
     parts = backbone.modules | {"scheduler": backbone.scheduler}
     for name, part in sorted(parts.items()):
-        # diffusers' configurations hold what is no weight, such as the autoencoder's scaling factor.
+        # The config holds values that are not weights, such as the autoencoder's scaling factor.
         config = dict(part.config) if isinstance(part.config, Mapping) else {}
-        said = {key: value for key, value in config.items() if not key.startswith("_")}
-        digest.update(json.dumps([name, said], sort_keys=True, default=str).encode())
+        settings = {key: value for key, value in config.items() if not key.startswith("_")}
+        digest.update(json.dumps([name, settings], sort_keys=True, default=str).encode())
         if isinstance(part, nn.Module):
             _update(digest, part.state_dict())
     return digest.hexdigest()
@@ -162,7 +155,7 @@ def _update(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
 
 @cache
 def code_sha256(module: str = METHOD) -> str:
-    """sha256 of the source of a module and of everything in its package that it imports, near or far."""
+    """sha256 of the source of a module and of all modules of its package that it imports, also indirectly."""
     digest = hashlib.sha256()
     for name, path in sorted(sources(module).items()):
         digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -170,33 +163,33 @@ def code_sha256(module: str = METHOD) -> str:
 
 
 def sources(module: str) -> dict[str, Path]:
-    """The source files of a module and of all that it imports from its package, by the modules' names.
+    """The source files of a module and of all that it imports from its package, by module name.
 
-    The package's own `__init__.py`, which only hands names on, is left out.
+    The package's own `__init__.py`, which only re-exports names, is left out.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name not in found:
+        if name not in paths:
             spec = importlib.util.find_spec(name)
-            found[name] = Path(spec.origin)
+            paths[name] = Path(spec.origin)
             parent = name.rpartition(".")[0]
-            inside = name if spec.submodule_search_locations is not None else parent
-            waiting += _imported(found[name].read_text(encoding="utf-8"), inside)
+            package = name if spec.submodule_search_locations is not None else parent
+            waiting += _imported(paths[name].read_text(encoding="utf-8"), package)
             waiting += [parent] if "." in parent else []
-    return found
+    return paths
 
 
 def _imported(source: str, package: str) -> Iterator[str]:
-    """Names of the modules that a source inside `package` imports from its outermost package."""
+    """Names of the modules that a source file of `package` imports from the outermost package."""
     root = package.partition(".")[0]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             named = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            # Each name may be a module itself: `from . import records`.
+            # An imported name can be a module: `from . import records`.
             named = [origin, *(f"{origin}.{alias.name}" for alias in node.names)]
         else:
             continue
@@ -206,5 +199,5 @@ def _imported(source: str, package: str) -> Iterator[str]:
 def _is_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # a name inside a module that is no package
+    except ModuleNotFoundError:  # a name in a module that is not a package
         return False

@@ -1,4 +1,4 @@
-"""How the lists of real silhouettes and real materials were chosen: by a rule, not by hand.
+"""The rule that chooses the lists of real silhouettes and real materials.
 
 `python -m escd.evaluation.lists FOLDER` reads `FOLDER/silhouettes`, `FOLDER/pierced` (PNG, white on black,
 128 px) and `FOLDER/materials` (WebP, 128 px tiles) and writes `real.json` and `real-development.json` into
@@ -6,15 +6,15 @@
 
 Files are taken in the order of a hash of their names, one a category, where they pass:
 
-- A material has a texture that a 64 px picture can show: its lightness deviates by at least `CONTRAST`.
+- A material has a texture that is visible at 64 px: the deviation of its lightness is at least `CONTRAST`.
 - A material is stationary: the spectrum of its lightness is nearly the same in the four 64 px quarters of the
   tile (`UNSTEADY`), and so is its mean lightness (`DRIFT`).
 - Materials of one list are distinct: their spectra differ by at least `APART`.
-- A silhouette covers at least `LEAST_AREA` of the picture, or its material could not be seen. It is not like
+- A silhouette covers at least `LEAST_AREA` of the picture, so that its material is visible. It is not like
   another of the two lists, and not like a named shape of the world (`references.TOO_ALIKE`). One that is not
   from `pierced` has no holes (`MOST_HOLES`).
 
-The development list takes the categories that the evaluation list left first, then other files of the rest.
+The development list takes categories that the evaluation list does not have, then other files of the rest.
 """
 
 from __future__ import annotations
@@ -43,25 +43,23 @@ from .references import (
     REAL_LISTS,
     TOO_ALIKE,
     category,
-    fit_silhouette,
     in_order,
-    named_outlines,
     open_tile,
-    resized,
 )
+from .silhouettes import fit_silhouette, named_outlines, resized
 
-PIERCED = 7  # of the CANDIDATES silhouettes of a list: a third
-CONTRAST = 1.75  # CIELAB lightness: standard deviation inside a quarter, averaged over the quarters
+PIERCED_COUNT = 7  # of the CANDIDATES silhouettes of a list: a third
+CONTRAST = 1.75  # CIELAB lightness: standard deviation of a quarter, averaged over the quarters
 UNSTEADY = 0.45  # mean difference of a quarter's log band energies from the tile's mean
 DRIFT = 0.3  # deviation of the quarters' mean lightness, as a share of the contrast
 APART = 0.55  # mean difference of two materials' log band energies
 LEAST_AREA = 0.12  # share of the picture
 MOST_HOLES = 0.02  # share of the filled outline
 
-# Bands of the spectrum: octaves (cycles a pixel) in four directions.
+# Bands of the spectrum: octaves (cycles per pixel) in four sectors of directions.
 OCTAVES = (1 / 40, 1 / 16, 1 / 8, 1 / 4, 1 / 2**0.5)
-DIRECTIONS = 4
-NOISE = 0.02  # squared CIELAB lightness: less than this in a band is nothing
+SECTORS = 4
+NOISE = 0.02  # squared CIELAB lightness: less energy than this in a band counts as none
 
 
 def quarters(tile: Tensor) -> np.ndarray:
@@ -80,11 +78,11 @@ def spectra(pictures: np.ndarray) -> np.ndarray:
     power = np.abs(np.fft.fft2(plain * window)) ** 2 / side**4
     y, x = np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side), indexing="ij")
     frequency, angle = np.hypot(y, x), np.arctan2(y, x)
-    direction = np.round(angle / (np.pi / DIRECTIONS)) % DIRECTIONS
+    direction = np.round(angle / (np.pi / SECTORS)) % SECTORS
     bands = [
         (frequency >= low) & (frequency < high) & (direction == k)
         for low, high in itertools.pairwise(OCTAVES)
-        for k in range(DIRECTIONS)
+        for k in range(SECTORS)
     ]
     return np.log(np.stack([power[:, band].sum(1) for band in bands], 1) + NOISE)
 
@@ -106,7 +104,7 @@ def apart(spectrum: np.ndarray, others: Iterable[np.ndarray]) -> bool:
 
 
 def filled(mask: Tensor) -> bool:
-    """Whether a silhouette (SIZE, SIZE) has no holes worth the name."""
+    """Whether the holes of a silhouette (SIZE, SIZE) are at most MOST_HOLES of it."""
     solid = mask.numpy() > 0.5
     return bool(ndimage.binary_fill_holes(solid).sum() <= (1 + MOST_HOLES) * solid.sum())
 
@@ -120,23 +118,23 @@ def choose_materials(folder: Path) -> list[list[Path]]:
             good.setdefault(category(path), []).append((path, spectra(parts).mean(0)))
     order = sorted(good, key=lambda name: records.sha256(name.encode()))
     lists: list[list[Path]] = []
-    seen: set[str] = set()
+    taken_categories: set[str] = set()
     for _ in REAL_LISTS:
         taken: dict[Path, np.ndarray] = {}
-        for name in sorted(order, key=lambda name: name in seen):  # stable: new categories first
+        for name in sorted(order, key=lambda name: name in taken_categories):  # stable: new categories first
             free = [(path, bands) for path, bands in good[name] if not any(path in old for old in lists)]
             fitting = (pair for pair in free if apart(pair[1], taken.values()))
             if len(taken) < CANDIDATES and (pair := next(fitting, None)) is not None:
                 taken[pair[0]] = pair[1]
         lists.append(list(taken))
-        seen |= {category(path) for path in taken}
+        taken_categories |= {category(path) for path in taken}
     return lists
 
 
 def choose_silhouettes(folder: Path) -> list[list[Path]]:
     """For each of REAL_LISTS the files of CANDIDATES silhouettes; every third, but the last, is pierced."""
     known = named_outlines()
-    seen: set[str] = set()
+    things: set[str] = set()
 
     def fitting(part: str) -> Iterator[Path]:
         nonlocal known
@@ -144,17 +142,17 @@ def choose_silhouettes(folder: Path) -> list[list[Path]]:
             thing = category(path).removeprefix("noto-")
             mask = resized(fit_silhouette(path)[None], SIZE) > 0.5
             if (
-                thing not in seen
+                thing not in things
                 and mask.float().mean() >= LEAST_AREA
                 and (part == "pierced" or filled(mask[0]))
                 and float(measure.iou_matrix(mask, known).max()) <= TOO_ALIKE
             ):
-                seen.add(thing)
+                things.add(thing)
                 known = torch.cat([known, mask])
                 yield path
 
     sources = {True: fitting("pierced"), False: fitting("silhouettes")}
-    turns = [number % 3 == 0 and number // 3 < PIERCED for number in range(CANDIDATES)]
+    turns = [number % 3 == 0 and number // 3 < PIERCED_COUNT for number in range(CANDIDATES)]
     try:
         return [[next(sources[turn]) for turn in turns] for _ in REAL_LISTS]
     except StopIteration:

@@ -1,4 +1,4 @@
-"""The prompts of the protocol: each asks for other named attributes than the reference has."""
+"""The prompts of the protocol: each names other attributes than the reference has."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from ..data import foreground
+from ..data.captions import with_article
 from ..data.names import BACKGROUNDS, COLOUR_RGB, COLOURS, PATTERNS, SHAPES
 from . import measure
-from .references import Reference, named_outlines
+from .references import Reference
+from .silhouettes import named_outlines
 
-PROMPTS = 4  # prompts a reference, one picture each
-NEAR_COLOUR = 30.0  # CIELAB: a named colour this near to a tenth of a material is not another colour
-NEAR_SHAPE = 0.7  # aligned IoU: a named shape this like a silhouette is not another shape
+PROMPTS = 4  # per reference, one image each
+NEAR_COLOUR = 30.0  # CIELAB: a named colour nearer than this to a tenth of a material counts as its own
+NEAR_SHAPE = 0.7  # aligned IoU: a named shape above this counts as the silhouette's own
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What one prompt asks for; None where it does not say, or where a pseudo-word stands."""
+class Prompt:
+    """A prompt and the attributes it names; None for one that it does not name, such as a pseudo-word's."""
 
     text: str
     background: str
@@ -31,29 +33,29 @@ class Asked:
     colours: tuple[str, ...] | None = None
 
 
-def prompts_for(reference: Reference, attribute: str, count: int = PROMPTS) -> list[Asked]:
-    """Prompts that ask for other named attributes than the reference has, drawn from its id alone.
+def prompts_for(reference: Reference, attribute: str, count: int = PROMPTS) -> list[Prompt]:
+    """Prompts that name other attributes than the reference has; its id is the seed.
 
-    shape: "a *m shape with PATTERN COLOURS appearance on a BACKGROUND background"; appearance: "a SHAPE
-    shape with *a appearance on a BACKGROUND background". Colours near a tenth of the material, shapes like
-    the silhouette and the reference's own background are not asked for; patterns, shapes and backgrounds
-    repeat only when all of them have been asked for.
+    For shape: "a *m shape with PATTERN COLOURS appearance on a BACKGROUND background". For appearance: "a
+    SHAPE shape with *a appearance on a BACKGROUND background". The prompts leave out colours near a tenth of
+    the material (NEAR_COLOUR), shapes like the silhouette (NEAR_SHAPE) and the reference's background. A
+    pattern, shape or background repeats only after all others. Raises ValueError for another attribute.
     """
     draw = _generator(f"{reference.id} {attribute}")
     grounds = _cycle(draw, [name for name in BACKGROUNDS if name != reference.background], count)
     if attribute == "shape":
         patterns, allowed = _cycle(draw, PATTERNS, count), other_colours(reference.material.tile)
-        asked = []
+        prompts = []
         for pattern, ground in zip(patterns, grounds, strict=True):
             colours = tuple(_cycle(draw, allowed, 1 if pattern == "solid" else 2))
             look = f"{pattern} {' and '.join(colours)}"
             text = f"a *m shape with {look} appearance on a {ground} background"
-            asked.append(Asked(text, ground, pattern=pattern, colours=colours))
-        return asked
+            prompts.append(Prompt(text, ground, pattern=pattern, colours=colours))
+        return prompts
     if attribute == "appearance":
         shapes = _cycle(draw, other_shapes(reference.mask), count)
         return [
-            Asked(
+            Prompt(
                 f"{with_article(shape)} shape with *a appearance on a {ground} background",
                 ground,
                 shape=shape,
@@ -63,18 +65,18 @@ def prompts_for(reference: Reference, attribute: str, count: int = PROMPTS) -> l
     raise ValueError(f"there are prompts for shape and for appearance, not for {attribute!r}")
 
 
-def prompts_for_pair(shape: Reference, appearance: Reference, count: int = PROMPTS) -> list[Asked]:
-    """Prompts "a *m shape with *a appearance on a BACKGROUND background", a background neither has."""
+def prompts_for_pair(shape: Reference, appearance: Reference, count: int = PROMPTS) -> list[Prompt]:
+    """Prompts "a *m shape with *a appearance on a BACKGROUND background", with a background of neither."""
     draw = _generator(f"{shape.id} {appearance.id}")
     taken = (shape.background, appearance.background)
     grounds = _cycle(draw, [name for name in BACKGROUNDS if name not in taken], count)
-    return [Asked(f"a *m shape with *a appearance on a {ground} background", ground) for ground in grounds]
+    return [Prompt(f"a *m shape with *a appearance on a {ground} background", ground) for ground in grounds]
 
 
-def named_prompts(count: int, seed: int) -> list[Asked]:
-    """Prompts that name everything, each factor drawn evenly; two colours but for "solid"."""
+def named_prompts(count: int, seed: int) -> list[Prompt]:
+    """Prompts that name every attribute, each drawn uniformly; two colours, or one for "solid"."""
     draw = np.random.default_rng(seed)
-    asked = []
+    prompts = []
     for _ in range(count):
         shape, pattern, ground = (
             names[draw.integers(len(names))] for names in (SHAPES, PATTERNS, BACKGROUNDS)
@@ -82,8 +84,8 @@ def named_prompts(count: int, seed: int) -> list[Asked]:
         colours = tuple(COLOURS[i] for i in draw.permutation(len(COLOURS))[: 1 if pattern == "solid" else 2])
         look = f"{pattern} {' and '.join(colours)}"
         text = f"{with_article(shape)} shape with {look} appearance on a {ground} background"
-        asked.append(Asked(text, ground, shape, pattern, colours))
-    return asked
+        prompts.append(Prompt(text, ground, shape, pattern, colours))
+    return prompts
 
 
 def other_colours(tile: Tensor) -> list[str]:
@@ -106,12 +108,8 @@ def _generator(text: str) -> np.random.Generator:
 
 
 def _cycle(draw: np.random.Generator, names: Sequence[str], count: int) -> list[str]:
-    """`count` names in a random order, none a second time before all have come once."""
+    """`count` names in random order; a name repeats only after all others."""
     chosen: list[str] = []
     while len(chosen) < count:
         chosen += [names[i] for i in draw.permutation(len(names))]
     return chosen[:count]
-
-
-def with_article(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"

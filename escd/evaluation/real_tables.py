@@ -7,24 +7,27 @@ pictures that have one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .. import records
 from .configs import CompositionConfig, StudyConfig
-from .measure import Interval, paired_bootstrap
+from .formats import decimals, interval, markdown_table, share_of
+from .measure import Interval
 from .references import CANDIDATES, REAL_LISTS, load_references
+from .runs import CONFIGS, Metrics, Runs, by_arm, leakage, mean, mean_of_known, obeyed, values
 
 
 @dataclass(frozen=True)
-class Found:
-    """How a picture's texture or colour is found among the candidates.
+class Retrieval:
+    """How well a picture's texture or colour is retrieved among the candidates.
 
-    `first`: share found first (chance 1 / 20). `rank`: mean number of candidates as near or nearer (chance
-    9.5). `distance`: mean distance, None where no picture has a foreground, and for both together.
+    first: share of pictures for which the reference's is the nearest (chance 1 / 20). rank: mean number of
+    candidates as near or nearer (chance 9.5). distance: mean distance; None where no picture has a
+    foreground, and for both together.
     """
 
     first: float
@@ -33,83 +36,74 @@ class Found:
 
 
 @dataclass(frozen=True)
-class AppearanceRow:
-    """One arm of appearance. `leakage`: the silhouette's IoU less the floor's; None for the floor.
-
-    `leaked`: share of pictures whose silhouette is found to be the reference's.
-    """
+class _Common:
+    """What every row says: its pictures, and the shares that show what the prompts name or have failed."""
 
     pictures: int
-    texture: Found
-    colour: Found
-    both: Found
     obeyed: dict[str, float]
-    leakage: Interval | None
-    leaked: float
     failed: float
 
 
-@dataclass(frozen=True)
-class ShapeRow:
-    """One arm of shape, over filled or pierced outlines. Leakage: likeness less the floor's.
+@dataclass(frozen=True, kw_only=True)
+class AppearanceRow(_Common):
+    """One arm of appearance.
 
-    `leaked`: share of pictures whose texture is found to be the reference's.
+    leakage: the silhouette's IoU less the floor's; None for the floor. leaked: share of pictures whose
+    silhouette is retrieved as the reference's.
     """
 
-    pictures: int
+    texture: Retrieval
+    colour: Retrieval
+    both: Retrieval
+    leakage: Interval | None
+    leaked: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeRow(_Common):
+    """One arm of shape, over filled or pierced outlines.
+
+    first: share of pictures whose silhouette is retrieved as the reference's. Leakage: likeness less the
+    floor's; None for the floor. leaked: share of pictures whose texture is retrieved as the reference's.
+    """
+
     iou: float
     first: float
-    obeyed: dict[str, float]
     texture_leakage: Interval | None
     colour_leakage: Interval | None
     leaked: float
-    failed: float
 
 
-@dataclass(frozen=True)
-class PairRow:
-    """One arm of both attributes in one pass: shares found first; `right`: silhouette, texture and colour."""
+@dataclass(frozen=True, kw_only=True)
+class PairRow(_Common):
+    """One arm of both attributes in one pass: shares retrieved; `right`: silhouette, texture and colour."""
 
-    pictures: int
     silhouette: float
     texture: float
     colour: float
     right: float
-    obeyed: dict[str, float]
-    failed: float
 
 
 Row = AppearanceRow | ShapeRow | PairRow
 MODES = ("appearance", "shape, filled", "shape, pierced", "both")
 
 
-def real_tables(found: Iterable[records.Record]) -> dict[str, dict[str, Row]]:
+def real_tables(results: Iterable[records.Record]) -> dict[str, dict[str, Row]]:
     """Rows by mode (of MODES, those that have any) and arm, from records on one of the real lists.
 
-    Other records are passed over. Raises ValueError where the records are on two lists, KeyError where the
-    floor that a leakage is measured from is not among them.
+    Records on other lists are ignored. Raises ValueError where the records are on two real lists, KeyError
+    where the floor that a leakage is measured from is not among them.
     """
-    runs: dict[str, dict[str, list[tuple[Any, dict]]]] = {mode: {} for mode in MODES}
-    floors: dict[Any, dict] = {}
-    lists = set()
-    classes = {"study": StudyConfig, "composition": CompositionConfig}
-    for record in found:
-        if record.kind not in classes or record.config["list"] not in REAL_LISTS:
-            continue
-        config = records.config_of(record, classes[record.kind])
-        lists.add(config.list)
-        runs[_mode(config)].setdefault(config.arm, []).append((config, record.metrics))
-        if config.kind == "floor":
-            floors[config] = record.metrics
+    real = [r for r in results if r.kind in CONFIGS and r.config["list"] in REAL_LISTS]
+    lists = sorted({record.config["list"] for record in real})
     if len(lists) > 1:
-        raise ValueError(
-            f"these records are on the lists {' and '.join(sorted(lists))}: make a table of each"
-        )
+        raise ValueError(f"these records are on the lists {' and '.join(lists)}: make a table of each")
+    runs, floors = by_arm(real, _mode)
     make = {"appearance": _appearance, "both": _pair}
     return {
-        mode: {arm: make.get(mode, _shape)(some, floors) for arm, some in arms.items()}
-        for mode, arms in runs.items()
-        if arms
+        mode: {arm: make.get(mode, _shape)(of_arm, floors) for arm, of_arm in runs[mode].items()}
+        for mode in MODES
+        if mode in runs
     }
 
 
@@ -122,92 +116,65 @@ def _mode(config: StudyConfig | CompositionConfig) -> str:
     return "shape, pierced" if pierced else "shape, filled"
 
 
-Runs = Sequence[tuple[Any, dict]]
+def _common(runs: Runs) -> dict[str, Any]:
+    """The fields that every row has."""
+    failed = values(runs, "failed", None)
+    return {"pictures": len(failed), "obeyed": obeyed(runs), "failed": float(np.mean(failed))}
 
 
-def _values(runs: Runs, name: str, missing: Any) -> list:
-    """A score of every picture; `missing` where there was no foreground."""
-    return [missing if value is None else value for _, metrics in runs for value in metrics[name]]
-
-
-def _mean(runs: Runs, name: str, missing: Any) -> float:
-    return float(np.mean(_values(runs, name, missing)))
-
-
-def _found(runs: Runs, name: str) -> Found:
-    seen = [v for v in _values(runs, f"{name}_distance", None) if v is not None] if name != "both" else []
-    return Found(
-        _mean(runs, f"{name}_first", False),
-        _mean(runs, f"{name}_rank", CANDIDATES - 1),
-        float(np.mean(seen)) if seen else None,
+def _retrieval(runs: Runs, name: str) -> Retrieval:
+    return Retrieval(
+        mean(runs, f"{name}_first", False),
+        mean(runs, f"{name}_rank", CANDIDATES - 1),
+        None if name == "both" else mean_of_known(runs, f"{name}_distance"),
     )
 
 
-def _obeyed(runs: Runs) -> dict[str, float]:
-    names = [name for name in runs[0][1] if name.startswith("obeyed_")]
-    return {name.removeprefix("obeyed_"): _mean(runs, name, False) for name in names}
+def _leakage(runs: Runs, floors: dict[Any, Metrics], score: str) -> Interval | None:
+    return None if _is_floor(runs) else leakage(runs, floors, score)
 
 
-def _leakage(runs: Runs, floors: dict[Any, dict], name: str) -> Interval | None:
-    if runs[0][0].kind == "floor":
-        return None
-    base, groups = [], []
-    for config, metrics in runs:
-        floor = replace(config, kind="floor", tuning=None)
-        if floor not in floors:
-            raise KeyError(f"no floor is stored for {config.reference} ({config.attribute})")
-        # A floor without a foreground has nothing of the reference.
-        base += [0.0 if value is None else value for value in floors[floor][name]]
-        groups += [config.reference] * len(metrics[name])
-    return paired_bootstrap(_values(runs, name, 1.0), base, groups=groups)
+def _leaked(runs: Runs, score: str) -> float:
+    return mean(runs, score, not _is_floor(runs))
 
 
-def _leaked(runs: Runs, name: str) -> float:
-    return _mean(runs, name, runs[0][0].kind != "floor")
+def _is_floor(runs: Runs) -> bool:
+    return runs[0][0].kind == "floor"
 
 
-def _appearance(runs: Runs, floors: dict[Any, dict]) -> AppearanceRow:
+def _appearance(runs: Runs, floors: dict[Any, Metrics]) -> AppearanceRow:
     return AppearanceRow(
-        pictures=len(_values(runs, "failed", None)),
-        texture=_found(runs, "texture"),
-        colour=_found(runs, "colour"),
-        both=_found(runs, "both"),
-        obeyed=_obeyed(runs),
+        **_common(runs),
+        texture=_retrieval(runs, "texture"),
+        colour=_retrieval(runs, "colour"),
+        both=_retrieval(runs, "both"),
         leakage=_leakage(runs, floors, "iou"),
         leaked=_leaked(runs, "silhouette"),
-        failed=_mean(runs, "failed", None),
     )
 
 
-def _shape(runs: Runs, floors: dict[Any, dict]) -> ShapeRow:
+def _shape(runs: Runs, floors: dict[Any, Metrics]) -> ShapeRow:
     return ShapeRow(
-        pictures=len(_values(runs, "failed", None)),
-        iou=_mean(runs, "iou", 0.0),
-        first=_mean(runs, "silhouette", False),
-        obeyed=_obeyed(runs),
+        **_common(runs),
+        iou=mean(runs, "iou", 0.0),
+        first=mean(runs, "silhouette", False),
         texture_leakage=_leakage(runs, floors, "texture_likeness"),
         colour_leakage=_leakage(runs, floors, "colour_likeness"),
         leaked=_leaked(runs, "texture_first"),
-        failed=_mean(runs, "failed", None),
     )
 
 
-def _pair(runs: Runs, floors: dict[Any, dict]) -> PairRow:
-    names = ("silhouette", "texture_first", "colour_first")
-    each = [_values(runs, name, False) for name in names]
-    return PairRow(
-        len(each[0]),
-        *(float(np.mean(values)) for values in each),
-        right=float(np.mean(np.all(each, 0))),
-        obeyed=_obeyed(runs),
-        failed=_mean(runs, "failed", None),
-    )
+def _pair(runs: Runs, _floors: dict[Any, Metrics]) -> PairRow:
+    right = [values(runs, name, False) for name in ("silhouette", "texture_first", "colour_first")]
+    silhouette, texture, colour = (float(np.mean(of_one)) for of_one in right)
+    together = float(np.mean(np.all(right, axis=0)))
+    return PairRow(**_common(runs), silhouette=silhouette, texture=texture, colour=colour, right=together)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # as text
 
-# Rows in the order they are read in: controls of the lower end, what was learnt, controls of the upper end.
+# The order of the rows: lower controls, customizations, upper controls.
 FIRST, LAST = ("floor", "flat", "word"), ("ceiling", "lossless", "copy")
 ARMS = {
     "floor": "untouched backbone",
@@ -220,8 +187,8 @@ ARMS = {
     "decoder (source)": "decoder, source's recipe",
     "ours": "shape in the encoder, appearance in the decoder",
     "reversed": "shape in the decoder, appearance in the encoder",
-    "ceiling": "right answer through the autoencoder",
-    "lossless": "right answer, lossless",
+    "ceiling": "oracle image through the autoencoder",
+    "lossless": "oracle image, lossless",
     "copy": "copy of the reference",
 }
 OBEYED = {
@@ -233,11 +200,9 @@ OBEYED = {
 HEADS = {
     "appearance": (
         "texture first", "rank", "distance", "colour first", "rank", "distance", "both first", "rank",
-        "leakage of shape (95 %)", "found as leaked",
+        "leakage of shape (95 %)", "leaked",
     ),
-    "shape": (
-        "IoU", "found first", "leakage of texture (95 %)", "leakage of colour (95 %)", "found as leaked",
-    ),
+    "shape": ("IoU", "retrieved", "leakage of texture (95 %)", "leakage of colour (95 %)", "leaked"),
     "both": ("silhouette", "texture", "colour", "all three"),
 }  # fmt: skip
 
@@ -249,13 +214,13 @@ def markdown(tables: dict[str, dict[str, Row]]) -> str:
 
 def _markdown(mode: str, rows: dict[str, Row]) -> str:
     heads = [mode, *HEADS[mode.split(",")[0]], *OBEYED[mode], "no foreground", "pictures"]
-    lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
+    lines = []
     for arm in sorted(rows, key=_order):
         row = rows[arm]
-        named = [_share(row.obeyed[name]) for name in OBEYED[mode]]
-        cells = [ARMS.get(arm, arm), *_cells(row), *named, _share(row.failed), str(row.pictures)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        obeyed_shares = [share_of(row.obeyed[name]) for name in OBEYED[mode]]
+        last = [share_of(row.failed), str(row.pictures)]
+        lines.append([ARMS.get(arm, arm), *_cells(row), *obeyed_shares, *last])
+    return markdown_table(heads, lines)
 
 
 def _order(arm: str) -> tuple[int, int]:
@@ -266,26 +231,20 @@ def _order(arm: str) -> tuple[int, int]:
 
 def _cells(row: Row) -> list[str]:
     if isinstance(row, AppearanceRow):
-        found = [
-            cell
-            for one, digits in ((row.texture, 2), (row.colour, 1))
-            for cell in (_share(one.first), f"{one.rank:.1f}", _number(one.distance, digits))
+        return [
+            *_retrieval_cells(row.texture),
+            decimals(row.texture.distance),
+            *_retrieval_cells(row.colour),
+            decimals(row.colour.distance, 1),
+            *_retrieval_cells(row.both),
+            interval(row.leakage, 3),
+            share_of(row.leaked),
         ]
-        both = [_share(row.both.first), f"{row.both.rank:.1f}"]
-        return [*found, *both, _interval(row.leakage), _share(row.leaked)]
     if isinstance(row, ShapeRow):
-        leakages = [_interval(row.texture_leakage), _interval(row.colour_leakage)]
-        return [f"{row.iou:.2f}", _share(row.first), *leakages, _share(row.leaked)]
-    return [_share(share) for share in (row.silhouette, row.texture, row.colour, row.right)]
+        leakages = [interval(row.texture_leakage, 3), interval(row.colour_leakage, 3)]
+        return [decimals(row.iou), share_of(row.first), *leakages, share_of(row.leaked)]
+    return [share_of(share) for share in (row.silhouette, row.texture, row.colour, row.right)]
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.0f} %"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "--" if value is None else f"{value:.{digits}f}"
-
-
-def _interval(value: Interval | None) -> str:
-    return "--" if value is None else f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+def _retrieval_cells(retrieval: Retrieval) -> list[str]:
+    return [share_of(retrieval.first), decimals(retrieval.rank, 1)]

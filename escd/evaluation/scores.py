@@ -1,4 +1,4 @@
-"""The scores of the protocol, for generated images and for the controls."""
+"""The scores of the protocol for generated images, and the images of the controls."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from ..method.attributes import ATTRIBUTES
 from ..method.pipeline import ESCDPipeline
 from . import measure, texture
 from .judges import Judges, load_judges, obeyed
-from .prompts import Asked, named_prompts
-from .references import Reference, References, compose_reference, named_outlines
+from .prompts import Prompt, named_prompts
+from .references import Reference, References, compose_reference
+from .silhouettes import named_outlines
 
-BATCH = 16  # pictures generated at once; bits are promised at equal batch shape
+BATCH = 16  # images generated at once; results are bit-exact for equal batch shapes only
 SCORES = (
     "iou", "silhouette", "colour", "texture", "combined", "material", "texture_material", "texture_similarity"
 )  # fmt: skip
@@ -29,20 +30,20 @@ SCORES = (
 
 def score_images(
     images: Tensor,
-    asked: Sequence[Asked],
+    prompts: Sequence[Prompt],
     shape: Reference,
     appearance: Reference,
     listed: References,
     judges: Judges,
 ) -> dict[str, list]:
-    """Everything the protocol measures on images (N, 3, H, W) in [-1, 1], one entry an image.
+    """All scores of the protocol for images (N, 3, H, W) in [-1, 1]: lists with one entry per image.
 
     Against the silhouette of `shape`: aligned `iou`, and whether it is the nearest of the list's candidates
-    (`silhouette`). Against the material of `appearance`: `colour` and `texture` distance, whether it is the
-    nearest of the candidates by both (`material`) and by texture alone (`texture_material`), and
-    `texture_similarity`: 1 at no distance, 0 at that of the other candidates. On the real lists also texture
-    and colour apart (`texture.Candidates.score`). `obeyed`: what each prompt named. `failed`: no foreground
-    found; the scores of such an image are None, and `table` counts it as a miss and as a leak.
+    (`silhouette`). Against the material of `appearance`: `colour`, `texture` and `combined` distance; whether
+    it is the nearest candidate by both (`material`) and by texture alone (`texture_material`); and
+    `texture_similarity`, which is 1 at distance 0 and 0 at the mean distance of the other candidates. On the
+    real lists also the scores of `texture.Candidates.score`. `obeyed_*`: whether the image shows what its
+    prompt names. `failed`: whether the image has no foreground; its other scores are then None.
     """
     if images.shape[-2:] != (SIZE, SIZE):
         images = F.interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
@@ -72,11 +73,11 @@ def score_images(
                 row |= listed.looks.score(image, mask, own[1])
         for name, value in row.items():
             scores.setdefault(name, []).append(value)
-    seen = judges(images)
+    judged = judges(images)
     for name in ("shape", "pattern", "colours", "background"):
-        wanted = [getattr(one, name) for one in asked]
+        wanted = [getattr(one, name) for one in prompts]
         if None not in wanted:
-            scores[f"obeyed_{name}"] = obeyed(seen, **{name: wanted})[name].tolist()
+            scores[f"obeyed_{name}"] = obeyed(judged, **{name: wanted})[name].tolist()
     return scores
 
 
@@ -85,25 +86,27 @@ def _nearest(distance: Callable, look: measure.Appearance, candidates: Sequence[
 
 
 def score_customization(
-    pipe: ESCDPipeline, asked: Sequence[Asked], shape: Reference, appearance: Reference, listed: References,
-    judges: Judges, *, seed: int = 0, sampler_steps: int = 25, guidance_scale: float = 4.0,
+    pipe: ESCDPipeline, prompts: Sequence[Prompt], shape: Reference, appearance: Reference,
+    listed: References, judges: Judges, *, seed: int = 0, sampler_steps: int = 25,
+    guidance_scale: float = 4.0,
 ) -> dict[str, list]:  # fmt: skip
-    """Draw one picture a prompt with a pipeline and score them (`score_images`).
+    """Generate one image per prompt with a pipeline and score them (`score_images`).
 
-    A pseudo-word the pipeline has not loaded is replaced by its word: so an empty pipeline gives the floor.
+    A pseudo-word that the pipeline has not loaded is replaced by its plain word, so a pipeline without
+    customizations gives the floor.
     """
-    texts = [one.text for one in asked]
+    texts = [one.text for one in prompts]
     for attribute in ATTRIBUTES.values():
         if attribute.token not in pipe.customizations:
             texts = [text.replace(attribute.token, attribute.word) for text in texts]
     images = generate(pipe, texts, seed, sampler_steps, guidance_scale)
-    return score_images(images, asked, shape, appearance, listed, judges)
+    return score_images(images, prompts, shape, appearance, listed, judges)
 
 
 def generate(
     pipe: ESCDPipeline, prompts: Sequence[str], seed: int, sampler_steps: int, guidance_scale: float
 ) -> Tensor:
-    """One picture a prompt, (N, 3, H, W) in [-1, 1]; picture i starts from the noise of seed + i."""
+    """One image per prompt, (N, 3, H, W) in [-1, 1]; image i starts from the noise of seed + i."""
     images = []
     for first in range(0, len(prompts), BATCH):
         part = list(prompts[first : first + BATCH])
@@ -120,24 +123,29 @@ def generate(
 
 
 @torch.no_grad()
-def right_answers(
-    asked: Sequence[Asked], shape: Reference, appearance: Reference, backbone: Backbone
+def oracle_reconstructions(
+    prompts: Sequence[Prompt], shape: Reference, appearance: Reference, backbone: Backbone
 ) -> Tensor:
-    """What each prompt asks for, painted, and then reconstructed by the autoencoder: the ceiling."""
-    latents = backbone.encode_images(painted_answers(asked, shape, appearance, backbone.image_size))
+    """`oracle_images`, encoded and decoded by the autoencoder: the ceiling. (N, 3, H, W) in [-1, 1]."""
+    latents = backbone.encode_images(oracle_images(prompts, shape, appearance, backbone.image_size))
     return backbone.decode_latents(latents).float().cpu()
 
 
-def painted_answers(
-    asked: Sequence[Asked], shape: Reference, appearance: Reference, size: int = SIZE, *, flat: bool = False
+def oracle_images(
+    prompts: Sequence[Prompt],
+    shape: Reference,
+    appearance: Reference,
+    size: int = SIZE,
+    *,
+    flat: bool = False,
 ) -> Tensor:
-    """What each prompt asks for, painted: (N, 3, size, size).
+    """Images painted as the prompts say: (N, 3, size, size) in [-1, 1].
 
-    The silhouette is `shape`'s unless the prompt names one, the material `appearance`'s unless it names a
-    pattern; `flat`: its mean colour alone.
+    The silhouette is that of `shape` unless the prompt names a shape; the material is that of `appearance`
+    unless the prompt names a pattern. flat: paint the material's mean colour only.
     """
     images = []
-    for number, one in enumerate(asked):
+    for number, one in enumerate(prompts):
         mask = shape.silhouette.mask
         if one.shape is not None:
             mask = named_outlines()[3 * SHAPES.index(one.shape)].float()
@@ -158,21 +166,22 @@ def prompt_obedience(
     backbone: Backbone, n: int = 512, seed: int = 0, *, judges: Judges | None = None,
     sampler_steps: int = 25, guidance_scale: float = 4.0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Share of `n` fresh prompts obeyed, by one picture each, in every attribute and in all at once."""
-    asked = named_prompts(n, seed)
+    """Share of `n` random prompts that one image each obeys: by attribute, and in all attributes at once."""
+    prompts = named_prompts(n, seed)
     pipe = quiet(ESCDPipeline(backbone))
-    images = generate(pipe, [one.text for one in asked], seed, sampler_steps, guidance_scale)
-    seen = (judges or load_judges())(images)
+    images = generate(pipe, [one.text for one in prompts], seed, sampler_steps, guidance_scale)
+    judged = (judges or load_judges())(images)
     names = ("shape", "pattern", "colours", "background")
-    right = obeyed(seen, **{name: [getattr(one, name) for one in asked] for name in names})
+    right = obeyed(judged, **{name: [getattr(one, name) for one in prompts] for name in names})
     shares: dict[str, Any] = {name: float(right[name].float().mean()) for name in names}
     shares["all"] = float(torch.stack(list(right.values())).all(0).float().mean())
     for name, words in (("shape", SHAPES), ("pattern", PATTERNS)):
-        rows = {word: [i for i, one in enumerate(asked) if getattr(one, name) == word] for word in words}
+        rows = {word: [i for i, one in enumerate(prompts) if getattr(one, name) == word] for word in words}
         shares[f"by_{name}"] = {word: float(right[name][r].float().mean()) for word, r in rows.items() if r}
     return shares
 
 
 def quiet(pipe: ESCDPipeline) -> ESCDPipeline:
+    """The pipeline, without its progress bar."""
     pipe.set_progress_bar_config(disable=True)
     return pipe

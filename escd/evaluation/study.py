@@ -1,67 +1,62 @@
-"""The probing study: what each part of the UNet takes from one image, and what it should not have taken.
+"""The runs of the probing study: what each part of the UNet transfers from one image, and what leaks.
 
-One run tunes one part on one reference, draws a picture for each of four prompts that ask for something
-*else*, and scores them (paper, section "Protocol"): is the wanted attribute there, was the rest of the
-prompt obeyed, did the unwanted attribute leak? Every run is one frozen config and one record; `python -m
-escd.study` makes those that are missing, under `accelerate launch` spread over the workers, and `table`
-reads them.
+One run tunes one part on one reference, generates an image for each of four prompts that name *other*
+attributes, and scores them (paper, section "Protocol"): does the wanted attribute transfer, is the rest of
+the prompt obeyed, does the unwanted attribute leak? Every run is one frozen config (`configs`) and one
+record; `python -m escd.study` (`study_command`) makes the missing ones, `tables` reads them.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from .. import paths, records
 from ..backbone.hub import MODELS
 from ..backbone.model import Backbone
 from ..data import world
 from ..loading import load_backbone
-from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
 from ..method.customization import Customization
 from ..method.low_rank import low_rank, relative_error
 from ..method.pipeline import ESCDPipeline
-from . import kept, real_tables
+from . import kept
 from .answers import accuracies, still_clear, targets_of
 from .autoencoder import autoencoder_scores, image_sets
 from .configs import (
-    PARTS,
     AutoencoderConfig,
     CompositionConfig,
     JudgesConfig,
     ObedienceConfig,
     RankConfig,
     StudyConfig,
-    alike_configs,
-    backbone_configs,
-    configs,
-    rank_configs,
-    share,
 )
 from .judges import HEADS, Judgement, Judges, load_judges
-from .prompts import Asked, prompts_for, prompts_for_pair
+from .prompts import Prompt, prompts_for, prompts_for_pair
 from .references import LISTS, REAL_LISTS, Reference, References, load_references
-from .scores import painted_answers, prompt_obedience, quiet, right_answers, score_customization, score_images
-from .tables import show, table
+from .scores import (
+    oracle_images,
+    oracle_reconstructions,
+    prompt_obedience,
+    quiet,
+    score_customization,
+    score_images,
+)
 
-RUNS = paths.RUNS / "study"  # what was learnt, so that no part is tuned twice
-FULL_RANK = 1 << 20  # above that of any weight
+RUNS = paths.RUNS / "study"  # keeps the customizations, so that no part is tuned twice
+FULL_RANK = 1 << 20  # larger than the rank of any weight
 
 
 class Study:
-    """Runs configs of one backbone on one device: what they share is loaded once.
+    """Runs configs on one device; backbones, judges and references are loaded once.
 
-    folder: silhouettes and materials that take the place of the bundled lists, for configs of the list
-    "folder". backbones: loaded ones, for configs that name them.
+    folder: silhouettes and materials for configs of the lists "folder", "folder 2" and so on. backbones:
+    backbones that are loaded already, by the name that configs give them.
     """
 
     def __init__(
@@ -73,11 +68,11 @@ class Study:
         self.folder, self.device = folder, device
         self._backbones: dict[str, Backbone] = dict(backbones or {})
         self._weights: dict[str, str] = {}
-        # What the record of the run in hand says of the customizations it scores, by attribute.
+        # `Record.learnt` of the current run.
         self.learnt: dict[str, dict[str, Any]] = {}
 
     def run(self, config: Any, stored: Path | None = None) -> records.Record:
-        """The stored record of a config, or that of running it now."""
+        """The stored record of a config; where there is none, the config is run and its record stored."""
         return records.get(
             config,
             self.score,
@@ -106,7 +101,7 @@ class Study:
         return self._backbones[name]
 
     def weights(self, name: str) -> str:
-        """sha256 of all that a backbone computes with; read once, for a backbone does not change."""
+        """`kept.weights_sha256` of a backbone, computed once."""
         if name not in self._weights:
             self._weights[name] = kept.weights_sha256(self.backbone(name))
         return self._weights[name]
@@ -115,7 +110,7 @@ class Study:
         return _judges()
 
     def references(self, name: str) -> References:
-        """The list of this name."""
+        """The list of references of this name; ValueError for "folder" where no folder is given."""
         if name in (*LISTS, *REAL_LISTS):
             return load_references(which=name)
         if self.folder is None:
@@ -124,13 +119,13 @@ class Study:
         return _folder(self.folder, int(name.removeprefix("folder") or 1))
 
     def inputs(self, config: Any) -> dict[str, str]:
-        """sha256 of what a config's numbers come from: weights of the backbone, judges, references."""
+        """sha256 of the inputs of a run: weights of the backbone and of the judges, references."""
         model = MODELS.get(config.backbone)
         shipped = model is not None and model.folder is not None
-        weights = _folder_sha256(model.folder) if shipped else self.weights(config.backbone)
+        weights = shipped_weights(config.backbone) if shipped else self.weights(config.backbone)
         inputs = {f"backbone {config.backbone}": weights}
         if not isinstance(config, AutoencoderConfig):
-            inputs["judges"] = records.sha256(paths.WEIGHTS / "judges")
+            inputs["judges"] = _sha256(paths.WEIGHTS / "judges")
         if isinstance(config, StudyConfig | CompositionConfig | RankConfig):
             inputs[f"references {config.list}"] = self.references(config.list).sha256
         return inputs
@@ -140,7 +135,7 @@ class Study:
     def _score_attribute(self, config: StudyConfig) -> dict[str, Any]:
         listed = self.references(config.list)
         reference = listed[config.reference]
-        asked = prompts_for(reference, config.attribute)
+        prompts = prompts_for(reference, config.attribute)
         learnt = {}
         about: dict[str, Any] = {}
         if config.kind == "customized":
@@ -148,13 +143,13 @@ class Study:
                 config.attribute: self.learn(config.attribute, reference, config.tuning, config.backbone)
             }
             about["megabytes"] = learnt[config.attribute].nbytes / 1e6
-        scores = self._scored(config, asked, reference, reference, learnt)
-        return {"prompts": [one.text for one in asked], **scores, **about}
+        scores = self._scored(config, prompts, reference, reference, learnt)
+        return {"prompts": [one.text for one in prompts], **scores, **about}
 
     def _score_composition(self, config: CompositionConfig) -> dict[str, Any]:
         listed = self.references(config.list)
         shape, appearance = listed[config.shape], listed[config.appearance]
-        asked = prompts_for_pair(shape, appearance)
+        prompts = prompts_for_pair(shape, appearance)
         learnt = {}
         if config.kind == "customized":
             learnt = {
@@ -162,8 +157,8 @@ class Study:
                 "appearance": self.learn("appearance", appearance, config.appearance_tuning, config.backbone),
             }
         return {
-            "prompts": [one.text for one in asked],
-            **self._scored(config, asked, shape, appearance, learnt),
+            "prompts": [one.text for one in prompts],
+            **self._scored(config, prompts, shape, appearance, learnt),
         }
 
     def _score_rank(self, config: RankConfig) -> dict[str, Any]:
@@ -173,40 +168,42 @@ class Study:
         if config.rank is not None or config.exportable:
             small = low_rank(learnt, config.rank or FULL_RANK, only_exportable=config.exportable)
             self.learnt[config.attribute]["sha256"] = kept.sha256_of(small)
-        asked = prompts_for(reference, config.attribute)
+        prompts = prompts_for(reference, config.attribute)
         return {
             "megabytes": small.nbytes / 1e6,
             "error": relative_error(small, learnt),
-            **self._scored(config, asked, reference, reference, {config.attribute: small}),
+            **self._scored(config, prompts, reference, reference, {config.attribute: small}),
         }
 
     def _scored(
-        self, config: StudyConfig | CompositionConfig | RankConfig, asked: Sequence[Asked], shape: Reference,
-        appearance: Reference, learnt: dict[str, Customization],
+        self, config: StudyConfig | CompositionConfig | RankConfig, prompts: Sequence[Prompt],
+        shape: Reference, appearance: Reference, learnt: dict[str, Customization],
     ) -> dict[str, list]:  # fmt: skip
         listed, backbone = self.references(config.list), self.backbone(config.backbone)
         kind = "customized" if isinstance(config, RankConfig) else config.kind
         images = None
         if kind == "ceiling":
-            images = right_answers(asked, shape, appearance, backbone)
+            images = oracle_reconstructions(prompts, shape, appearance, backbone)
         elif kind in ("lossless", "flat"):
-            images = painted_answers(asked, shape, appearance, flat=kind == "flat")
+            images = oracle_images(prompts, shape, appearance, flat=kind == "flat")
         elif kind == "copy":
-            images = shape.image.expand(len(asked), -1, -1, -1)
+            images = shape.image.expand(len(prompts), -1, -1, -1)
         if images is not None:
-            return score_images(images, asked, shape, appearance, listed, self.judges())
+            return score_images(images, prompts, shape, appearance, listed, self.judges())
         return score_customization(
-            quiet(ESCDPipeline(backbone, **learnt)), asked, shape, appearance, listed, self.judges(),
+            quiet(ESCDPipeline(backbone, **learnt)), prompts, shape, appearance, listed, self.judges(),
             seed=config.seed, sampler_steps=config.sampler_steps, guidance_scale=config.guidance_scale,
         )  # fmt: skip
 
     def learn(
         self, attribute: str, reference: Reference, tuning: TuningConfig, backbone: str
     ) -> Customization:
-        """The customization of one reference; kept under `runs/study`, since compositions use it again."""
-        made = kept.learn(RUNS, attribute, reference, tuning, self.backbone(backbone), self.weights(backbone))
-        self.learnt[attribute] = made.told()
-        return made.customization
+        """The customization of one reference; `runs/study` keeps it for compositions and ranks."""
+        learnt = kept.learn(
+            RUNS, attribute, reference, tuning, self.backbone(backbone), self.weights(backbone)
+        )
+        self.learnt[attribute] = learnt.as_dict()
+        return learnt.customization
 
     def _score_obedience(self, config: ObedienceConfig) -> dict[str, Any]:
         return prompt_obedience(
@@ -219,15 +216,15 @@ class Study:
         return autoencoder_scores(self.backbone(config.backbone).vae, images, others)
 
     def _score_judges(self, config: JudgesConfig) -> dict[str, Any]:
-        unseen = world.World(seed=9016, split=config.split, named_shapes=0.5, named_appearances=0.5)
-        backbone, seen, targets = self.backbone(config.backbone), [], []
+        held_out = world.World(seed=9016, split=config.split, named_shapes=0.5, named_appearances=0.5)
+        backbone, judged, targets = self.backbone(config.backbone), [], []
         for first in range(0, config.pictures, 128):
-            part = unseen.batch(range(first, min(first + 128, config.pictures)))
+            part = held_out.batch(range(first, min(first + 128, config.pictures)))
             decoded = backbone.decode_latents(backbone.encode_images(part.image)).float().cpu()
-            seen.append(self.judges()(decoded))
+            judged.append(self.judges()(decoded))
             targets.append(still_clear(decoded, targets_of(part)))
         joined = {
-            field.name: torch.cat([getattr(s, field.name) for s in seen]) for field in fields(Judgement)
+            field.name: torch.cat([getattr(s, field.name) for s in judged]) for field in fields(Judgement)
         }
         answers = {name: torch.cat([target[name] for target in targets]) for name in HEADS}
         clear = {name: answer.view(len(answer), -1)[:, 0] >= 0 for name, answer in answers.items()}
@@ -245,60 +242,11 @@ def _folder(folder: str | Path, twenty: int) -> References:
     return load_references(folder, twenty=twenty)
 
 
+def shipped_weights(backbone: str) -> str:
+    """sha256 of the files of a backbone that ships with the package."""
+    return _sha256(MODELS[backbone].folder)
+
+
 @cache
-def _folder_sha256(folder: Path) -> str:
+def _sha256(folder: Path) -> str:
     return records.sha256(folder)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Make the records of the study that are missing, then print its table."""
-    parser = argparse.ArgumentParser(prog="python -m escd.study", description=main.__doc__)
-    parser.add_argument("--backbone", default="mini", help="what load_backbone is to load (default: mini)")
-    parser.add_argument(
-        "--list", choices=(*LISTS, *REAL_LISTS), default="evaluation", help="references (default: evaluation)"
-    )
-    parser.add_argument("--folder", type=Path, help="use its silhouettes/*.png and materials/*.webp instead")
-    parser.add_argument(
-        "--twenty", type=int, default=1, metavar="K", help="the folder's K-th list of twenty (default: 1)"
-    )
-    parser.add_argument("--references", type=int, metavar="N", help="the first N references only")
-    parser.add_argument("--attributes", nargs="+", choices=tuple(ATTRIBUTES), default=tuple(ATTRIBUTES))
-    parser.add_argument(
-        "--parts", nargs="+", default=PARTS, help="parts to tune (default: encoder decoder all)"
-    )
-    parser.add_argument("--ranks", action="store_true", help="also what is left of each at a low rank")
-    parser.add_argument(
-        "--alike", action="store_true", help="also the parts of the decoder that are of mini's encoder's size"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--records", type=Path, help="folder of the records (default: figures/records, or runs)"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.twenty < 1 or (arguments.twenty > 1 and not arguments.folder):
-        parser.error("--twenty counts the lists of a --folder, from 1")
-    torch.set_num_threads(1)  # so that one worker gives the bits that several give
-    state = PartialState(cpu=not torch.cuda.is_available())
-    study = Study(arguments.folder, state.device if state.device.type == "cuda" else None)
-    # What a stranger's folder gives is no number of this project's.
-    stored = arguments.records or (RUNS / "records" if arguments.folder else records.FOLDER)
-    listed = study.references(f"folder {arguments.twenty}" if arguments.folder else arguments.list)
-    if arguments.references is not None:
-        listed = replace(listed, references=listed.references[: arguments.references])
-    chosen = {name: getattr(arguments, name) for name in ("backbone", "attributes", "parts", "seed")}
-    grid: list[Any] = configs(listed, **chosen)
-    if not arguments.folder:
-        grid = [*backbone_configs(arguments.backbone), *grid]
-    about = {"backbone": arguments.backbone, "seed": arguments.seed}
-    further = rank_configs(listed, **about) if arguments.ranks else []
-    further += alike_configs(listed, **about) if arguments.alike else []
-    mine = share([*grid, *further], state.process_index, state.num_processes)
-    for config in tqdm(mine, unit="run", disable=not state.is_local_main_process):
-        study.run(config, stored)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        made = (records.get(c, folder=stored, inputs=study.inputs(c)) for c in (*grid, *further))
-        if arguments.list in REAL_LISTS and not arguments.folder:
-            print(real_tables.markdown(real_tables.real_tables(made)))
-        else:
-            print(show(table(made)))

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .. import records
 from .configs import CompositionConfig, StudyConfig
-from .measure import Interval, paired_bootstrap
+from .formats import interval, share_of
+from .measure import Interval
+from .runs import Metrics, Runs, by_arm, leakage, mean, mean_of_known, obeyed, values
+
+# Mode -> the scores of the unwanted attribute: its similarity, and whether it is the nearest candidate.
+UNWANTED = {"shape": ("texture_similarity", "texture_material"), "appearance": ("iou", "silhouette")}
 
 
 @dataclass(frozen=True)
 class Row:
     """One arm of the table over all its pictures; shares and similarities lie in [0, 1].
 
-    `transfer` holds the wanted attribute's scores, `obeyed` what the prompts named, `leakage` the unwanted
-    attribute's similarity less the floor's, with its interval (None for floor and ceiling), `leaked` the
-    share of pictures in which the unwanted attribute is the nearest of the candidates, `failed` that
-    without a foreground.
+    transfer: scores of the wanted attribute. obeyed: share of pictures that show what the prompts name, by
+    attribute. leakage: similarity of the unwanted attribute less the floor's, with its interval; None but
+    for customizations. leaked: share of pictures in which the unwanted attribute is the nearest of the
+    candidates; None for compositions. failed: share of pictures without a foreground.
     """
 
     pictures: int
@@ -31,99 +36,74 @@ class Row:
     failed: float
 
 
-def table(found: Iterable[records.Record]) -> dict[str, dict[str, Row]]:
+def table(results: Iterable[records.Record]) -> dict[str, dict[str, Row]]:
     """Rows by mode ("shape", "appearance", "composition") and arm, from records of this study.
 
     Raises KeyError when a customised run's floor is not among them.
     """
-    by_arm: dict[tuple[str, str], list[tuple[Any, dict]]] = {}
-    floors: dict[Any, dict] = {}
-    kinds = {"study": StudyConfig, "composition": CompositionConfig}
-    for record in found:
-        if record.kind not in kinds:
-            continue
-        config = records.config_of(record, kinds[record.kind])
-        mode = config.attribute if record.kind == "study" else "composition"
-        by_arm.setdefault((mode, config.arm), []).append((config, record.metrics))
-        if config.kind == "floor":
-            floors[_floor_of(config)] = record.metrics
-    rows: dict[str, dict[str, Row]] = {}
-    for (mode, arm), runs in by_arm.items():
-        rows.setdefault(mode, {})[arm] = _row(mode, runs, floors)
-    return rows
+    runs, floors = by_arm(results, _mode)
+    return {
+        mode: {arm: _row(mode, of_arm, floors) for arm, of_arm in arms.items()} for mode, arms in runs.items()
+    }
 
 
-def _floor_of(config: StudyConfig | CompositionConfig) -> Any:
-    if isinstance(config, StudyConfig):
-        return replace(config, kind="floor", tuning=None)
-    return replace(config, kind="floor", shape_tuning=None, appearance_tuning=None)
+def _mode(config: StudyConfig | CompositionConfig) -> str:
+    return config.attribute if isinstance(config, StudyConfig) else "composition"
 
 
-def _row(mode: str, runs: list[tuple[Any, dict]], floors: dict[Any, dict]) -> Row:
-    def gather(name: str, missing: Any) -> list:
-        """A score of every picture; `missing` where the foreground failed."""
-        return [missing if value is None else value for _, metrics in runs for value in metrics[name]]
-
-    def mean(name: str, missing: Any) -> float:
-        return float(np.mean(gather(name, missing)))
-
-    failed = gather("failed", None)
-    shapes = {"iou": mean("iou", 0.0), "retrieval": mean("silhouette", False)}
-    # A distance has no worst value: the mean is over the pictures that have a foreground; retrieval counts
-    # them all.
-    distances = [value for value in gather("combined", None) if value is not None]
-    # By both colour and texture, which colour decides, and by texture alone.
-    materials = {"retrieval": mean("material", False), "texture": mean("texture_material", False)}
-    if distances:
-        materials["distance"] = float(np.mean(distances))
-    if mode == "composition":
-        both = [a and b for a, b in zip(gather("silhouette", False), gather("material", False), strict=True)]
-        transfer = {
-            "silhouette": shapes["retrieval"],
-            "iou": shapes["iou"],
-            "material": materials["retrieval"],
-        }
-        transfer |= {"distance": materials["distance"]} if distances else {}
-        transfer["both"] = float(np.mean(both))
-    else:
-        transfer = shapes if mode == "shape" else materials
-    kept = {
-        name.removeprefix("obeyed_"): mean(name, False)
-        for name in runs[0][1] if name.startswith("obeyed_")
-    }  # fmt: skip
-    leakage = leaked = None
-    unwanted = {"shape": ("texture_similarity", "texture_material"), "appearance": ("iou", "silhouette")}
-    if mode in unwanted:
-        similarity, nearest = unwanted[mode]
+def _row(mode: str, runs: Runs, floors: dict[Any, Metrics]) -> Row:
+    transfer = {"shape": _shape_transfer, "appearance": _appearance_transfer, "composition": _both_transfer}
+    failed = values(runs, "failed", None)
+    leaks = leaked = None
+    if mode in UNWANTED:
+        similarity, nearest = UNWANTED[mode]
         customized = runs[0][0].kind == "customized"
-        leaked = mean(nearest, customized)
-        if customized:
-            base, groups = [], []
-            for config, metrics in runs:
-                floor = _floor_of(config)
-                if floor not in floors:
-                    raise KeyError(f"no floor is stored for {config.reference} ({mode})")
-                # A floor without a foreground has nothing of the reference; one of the method counts as a
-                # leak.
-                base += [0.0 if value is None else value for value in floors[floor][similarity]]
-                groups += [config.reference] * len(metrics[similarity])
-            leakage = paired_bootstrap(gather(similarity, 1.0), base, groups=groups)
-    return Row(len(failed), transfer, kept, leakage, leaked, float(np.mean(failed)))
+        # Without a foreground, a customization counts as a leak; a control does not.
+        leaked = mean(runs, nearest, customized)
+        leaks = leakage(runs, floors, similarity) if customized else None
+    return Row(len(failed), transfer[mode](runs), obeyed(runs), leaks, leaked, float(np.mean(failed)))
+
+
+def _shape_transfer(runs: Runs) -> dict[str, float]:
+    return {"iou": mean(runs, "iou", 0.0), "retrieval": mean(runs, "silhouette", False)}
+
+
+def _appearance_transfer(runs: Runs) -> dict[str, float]:
+    """Retrieval by colour and texture together, which colour decides, and by texture alone."""
+    shares = {
+        "retrieval": mean(runs, "material", False),
+        "texture": mean(runs, "texture_material", False),
+    }
+    return shares | _distance(runs)
+
+
+def _both_transfer(runs: Runs) -> dict[str, float]:
+    silhouettes, materials = values(runs, "silhouette", False), values(runs, "material", False)
+    shares = {
+        "silhouette": mean(runs, "silhouette", False),
+        "iou": mean(runs, "iou", 0.0),
+        "material": mean(runs, "material", False),
+    }
+    both = [a and b for a, b in zip(silhouettes, materials, strict=True)]
+    return shares | _distance(runs) | {"both": float(np.mean(both))}
+
+
+def _distance(runs: Runs) -> dict[str, float]:
+    distance = mean_of_known(runs, "combined")
+    return {} if distance is None else {"distance": distance}
 
 
 def show(rows: dict[str, dict[str, Row]]) -> str:
     """The table as text."""
-    lines = []
-    for mode, arms in rows.items():
-        for arm, row in arms.items():
-            parts = [f"{name} {value:.2f}" for name, value in row.transfer.items()]
-            parts += [f"{name} {100 * value:.0f} %" for name, value in row.obeyed.items()]
-            if row.leakage is not None:
-                parts.append(
-                    f"leakage {row.leakage.mean:+.3f} [{row.leakage.low:+.3f}, {row.leakage.high:+.3f}]"
-                )
-            if row.leaked is not None:
-                parts.append(f"leaked {100 * row.leaked:.0f} %")
-            parts.append(f"failed {100 * row.failed:.0f} %")
-            lines.append(f"{mode:>11}  {arm:<10} {row.pictures:>4} pictures: " + ", ".join(parts))
-    return "\n".join(lines)
+    return "\n".join(_line(mode, arm, row) for mode, arms in rows.items() for arm, row in arms.items())
+
+
+def _line(mode: str, arm: str, row: Row) -> str:
+    parts = [f"{name} {value:.2f}" for name, value in row.transfer.items()]
+    parts += [f"{name} {share_of(value)}" for name, value in row.obeyed.items()]
+    if row.leakage is not None:
+        parts.append(f"leakage {interval(row.leakage, 3)}")
+    if row.leaked is not None:
+        parts.append(f"leaked {share_of(row.leaked)}")
+    parts.append(f"failed {share_of(row.failed)}")
+    return f"{mode:>11}  {arm:<10} {row.pictures:>4} pictures: " + ", ".join(parts)

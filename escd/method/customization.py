@@ -48,6 +48,17 @@ class Customization:
         """Bytes of the tensors, which is the size of the file but for its header."""
         return sum(w.nbytes for w in (self.pseudo_word, *self.delta.values()))
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The pseudo-word and the changes of the weights by the names they have in a file."""
+        tensors = {"pseudo_word": self.pseudo_word}
+        for name, w in self.delta.items():
+            if isinstance(w, LowRank):
+                tensors |= {f"up.{name}": w.up, f"down.{name}": w.down}
+            else:
+                tensors[f"delta.{name}"] = w
+        return tensors
+
     def __repr__(self) -> str:
         return (
             f"Customization({self.attribute.name} as {self.attribute.token}, part {self.part}, "
@@ -67,13 +78,7 @@ class Customization:
         """
         path = Path(path)
         about = {name: getattr(self, name) for name in _ABOUT} | {"attribute": asdict(self.attribute)}
-        tensors = {"pseudo_word": self.pseudo_word}
-        for name, w in self.delta.items():
-            if isinstance(w, LowRank):
-                tensors |= {f"up.{name}": w.up, f"down.{name}": w.down}
-            else:
-                tensors[f"delta.{name}"] = w
-        tensors = {name: w.detach().to("cpu").contiguous() for name, w in tensors.items()}
+        tensors = {name: w.detach().to("cpu").contiguous() for name, w in self.tensors.items()}
         with whole(path) as unfinished:
             save_file(tensors, unfinished, metadata={"format": FORMAT, "about": json.dumps(about)})
         return path

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
+from ..data.captions import with_article
 from ..data.names import SHAPES
 from ..evaluation.autoencoder import IMAGE_SETS
 from ..evaluation.curve import points
@@ -44,7 +45,7 @@ def backbone_samples() -> Drawing:
     """Named shapes by named appearances, as the untouched backbone draws them: one seed, nothing chosen."""
     used, rows = [], []
     for look, ground in SAMPLE_LOOKS:
-        prompts = tuple(_prompt(_a(shape), look, ground) for shape in SHAPES)
+        prompts = tuple(_prompt(with_article(shape), look, ground) for shape in SHAPES)
         record, images = stored_images(sheet(prompts))
         used.append(record)
         rows.append(images)
@@ -84,7 +85,10 @@ def transfer_examples() -> Drawing:
             sheet([_prompt("a *m", *asked) for asked in ASKED_LOOKS], shape=reference.id)
         )
         look_record, looks = stored_images(
-            sheet([_prompt(_a(name), "*a", ground) for name, ground in ASKED_SHAPES], appearance=reference.id)
+            sheet(
+                [_prompt(with_article(name), "*a", ground) for name, ground in ASKED_SHAPES],
+                appearance=reference.id,
+            )
         )
         used += [shape_record, look_record]
         rows.append([reference.image, *shapes, *looks])
@@ -117,10 +121,6 @@ def _composed(shape: str, appearance: str) -> SheetConfig:
 
 def _prompt(shape: str, look: str, ground: str) -> str:
     return f"{shape} shape with {look} appearance on a {ground} background"
-
-
-def _a(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 @figure("04_training")

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from .. import paths, records
 from ..backbone import hub
 from ..evaluation.autoencoder import IMAGE_SETS
-from ..evaluation.configs import ALIKE
+from ..evaluation.configs import EQUAL_SIZE
+from ..evaluation.formats import decimals, percent, signed
 from ..evaluation.judges import HEADS
 from ..evaluation.tables import Row
 from ..files import write_text
@@ -35,7 +36,7 @@ from .results import (
     step_costs,
     training,
 )
-from .tables import LEAKAGE_PLACES, alike_table, arms_of, decimals, percent, results_table, signed
+from .tables import LEAKAGE_PLACES, alike_table, arms_of, results_table
 
 README = paths.ROOT / "README.md"
 NUMBERS = paths.ROOT / "paper" / "numbers.tex"
@@ -80,7 +81,7 @@ def numbers() -> dict[str, str]:
         for what, gain in contrast(attribute.name, attribute.part, other).items():
             gains[f"{attribute.name}.{what.lower()}"] = gain
         for part, one in alike(attribute.name).items():
-            if part in ALIKE:
+            if part in EQUAL_SIZE:
                 key = f"{attribute.name}.{part.replace('/', '_').replace('.', '_')}"
                 texts = _row_numbers(attribute.name, one.row)
                 values |= {f"{key}.{name}": text for name, text in texts.items()}

@@ -15,20 +15,20 @@ import torch
 from .. import records
 from ..backbone import hub
 from ..evaluation.configs import (
-    ALIKE,
+    EQUAL_SIZE,
     AutoencoderConfig,
     CompositionConfig,
     RankConfig,
     StudyConfig,
-    alike_configs,
     backbone_configs,
     configs,
+    equal_size_configs,
     rank_configs,
 )
 from ..evaluation.kept import learn_now
 from ..evaluation.measure import Interval, paired_bootstrap
 from ..evaluation.references import load_references
-from ..evaluation.study import Study
+from ..evaluation.study import Study, shipped_weights
 from ..evaluation.tables import Row, table
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
@@ -85,7 +85,7 @@ def _results(which: str, _state: str) -> Results:
     if not references:
         raise KeyError(f"figures/records has no reference of the {which} list in full: `make study` makes it")
     used = tuple(record for runs in whole.values() for record in runs)
-    alike = [stored(config) for config in alike_configs(study().references(which))]
+    alike = [stored(config) for config in equal_size_configs(study().references(which))]
     return Results(table(used), references, used, tuple(alike) if None not in alike else ())
 
 
@@ -147,7 +147,7 @@ def alike(attribute: str, which: str = "evaluation") -> dict[str, Alike]:
             rows[part],
             {} if part == "encoder" else contrast(attribute, part, "encoder", which),
         )
-        for part in (("encoder", *ALIKE, "decoder") if found.alike else ())
+        for part in (("encoder", *EQUAL_SIZE, "decoder") if found.alike else ())
     }
 
 
@@ -336,10 +336,9 @@ def cost_records() -> list[Record]:
     return [records.get(run, cost, inputs=weights_of(run.backbone), device="cpu") for run in runs]
 
 
-@cache
 def weights_of(backbone: str) -> dict[str, str]:
     """sha256 of a shipped backbone's files, as a record's inputs have it."""
-    return {f"backbone {backbone}": records.sha256(hub.MODELS[backbone].folder)}
+    return {f"backbone {backbone}": shipped_weights(backbone)}
 
 
 def backbone_records() -> tuple[list[Record], list[Record]]:

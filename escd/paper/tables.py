@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..evaluation.measure import Interval
+from ..evaluation.formats import decimals, interval, share_of
 from ..evaluation.tables import Row
 from .results import Results, alike, results
 
@@ -86,27 +86,3 @@ def alike_table(which: str = "evaluation") -> str:
 
 def arms_of(found: Results, mode: str) -> list[tuple[str, Row]]:
     return [(arm, found.rows[mode][arm]) for arm in ARMS if arm in found.rows[mode]]
-
-
-def decimals(value: float | None) -> str:
-    return "--" if value is None else f"{value:.2f}"
-
-
-def share_of(value: float | None) -> str:
-    return "--" if value is None else f"{100 * value:.0f} %"
-
-
-def signed(value: float, places: int = 2) -> str:
-    text = f"{value:+.{places}f}"
-    return text if float(text) else text.replace("-", "+")  # no minus nought
-
-
-def interval(found: Interval | None, places: int = 2) -> str:
-    if found is None:
-        return "--"
-    mean, low, high = (signed(value, places) for value in (found.mean, found.low, found.high))
-    return f"{mean} [{low}, {high}]"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f}"
