@@ -1,4 +1,4 @@
-"""The package's layout, read from its code: rooms, circles, imports, names, lengths, and the diagram of it."""
+"""The package's layout, read from its code: rooms, imports, private names, lengths, and their diagram."""
 
 from __future__ import annotations
 

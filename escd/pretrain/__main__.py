@@ -11,7 +11,7 @@ import torch
 
 from .. import paths
 from ..ending import run_command
-from .autoencoder import LATENT_CHANNELS, MOST_LATENTS, AutoencoderStage
+from .autoencoder import LATENT_CHANNELS, MOST_CHANNELS, AutoencoderStage
 from .filters import FilterStage, images_to_learn_from
 from .loop import Stage, train
 from .towers import TowerStage
@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"--further is not for {', '.join(fixed)}: what was trained on it would have to begin anew"
         )
-    if not 1 <= arguments.latents <= MOST_LATENTS:
-        parser.error(f"--latents must lie between 1 and {MOST_LATENTS}")
+    if not 1 <= arguments.latents <= MOST_CHANNELS:
+        parser.error(f"--latents must lie between 1 and {MOST_CHANNELS}")
     if arguments.latents != LATENT_CHANNELS and arguments.weights is None:
         parser.error(
             f"what ships has {LATENT_CHANNELS} latent channels: train another number into a folder of your "

@@ -21,7 +21,7 @@ from . import loop
 from .loop import LoopConfig, psnr
 
 LATENT_CHANNELS = 4
-MOST_LATENTS = 48  # as many as a 4 x 4 patch has numbers
+MOST_CHANNELS = 48  # as many as a 4 x 4 patch has numbers
 # Deviation of latent channels that were added, as a share of that of the old ones: they come out of the noise
 # after those, and do not crowd them out of the loss.
 NEW_DEVIATION = 0.5
@@ -150,7 +150,7 @@ def grow(vae: AutoencoderKL, latents: int, images: Tensor) -> AutoencoderKL:
     starts without them. Raises ValueError where there are as many channels already.
     """
     old = vae.config.latent_channels
-    if not old < latents <= MOST_LATENTS:
+    if not old < latents <= MOST_CHANNELS:
         raise ValueError(f"an autoencoder of {old} latent channels cannot grow to {latents}")
     wide = make_autoencoder(latents)
     own, start = wide.state_dict(), vae.state_dict()
