@@ -24,6 +24,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from escd.backbone.diffusion import NOISE_SPREAD, draw_noise_levels
+from escd.backbone.folder import save_text_encoder
 from escd.data.names import COLOURS, PATTERNS, SHAPES
 from escd.data.random import CounterRNG
 from escd.data.world import World
@@ -60,7 +61,7 @@ from escd.pretrain.pairs import (
     pair_captions,
     quartets,
 )
-from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
+from escd.pretrain.towers import WIDTH, TowerLoss, save_tokenizer, text_tower
 from escd.pretrain.unet import BEGUN, UNetStage
 from escd.pretrain.vocabulary import WORDS, learn_merges, make_tokenizer
 from escd.pretrain.words import GROUNDS, WordLoss, draw_captions
@@ -92,7 +93,7 @@ def test_the_text_tower_gives_open_clips_numbers(tmp_path):
         out = model(ids)
         pooled = F.normalize(out.pooler_output @ clip.text_projection, dim=-1)
         assert torch.allclose(pooled, clip.encode_text(ids, normalize=True), atol=1e-5)
-        save_text_tower(model, tmp_path)
+        save_text_encoder(model, tmp_path)
         again = CLIPTextModel.from_pretrained(tmp_path)
         assert torch.allclose(again(ids).last_hidden_state, out.last_hidden_state, atol=1e-6)
 

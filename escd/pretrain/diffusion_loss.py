@@ -67,7 +67,7 @@ class Step:
 
 
 class FiltersInTraining(nn.Module):
-    """Filters for a backbone, and linear probes that predict the reference's attribute from their pseudo-words.
+    """Filters for a backbone, and linear probes that predict an attribute from their pseudo-words.
 
     The probes are used in training only: they teach a filter what to encode before the UNet can read it.
     """
@@ -168,9 +168,7 @@ class DiffusionLoss(FiltersInTraining):
         tokens = [attribute.token for attribute in ATTRIBUTES.values()]
         return self.backbone.token_ids(step.prompts, tokens).to(step.x_0.device)
 
-    def read(
-        self, ids: Tensor, kinds: tuple[int, ...], shape_ref: Tensor, appearance_ref: Tensor
-    ) -> Tensor:
+    def read(self, ids: Tensor, kinds: tuple[int, ...], shape_ref: Tensor, appearance_ref: Tensor) -> Tensor:
         """Text conditioning (N, L, D) of a step's prompts, by their token ids (N, L).
 
         kinds: numbers of prompts that are plain, with "*m", with "*a" and with both.

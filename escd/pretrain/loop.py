@@ -101,7 +101,7 @@ class Progress:
     earlier: list[dict[str, Any]] = field(default_factory=list)  # trainings that this one goes on from
 
     def add_losses(self, losses: dict[str, Tensor] | None, spacing: float) -> dict[str, float] | None:
-        """Smooth a step's losses (None: the step was skipped); returns the curve's new point, if one is due."""
+        """Smooth a step's losses (None: it was skipped); returns the curve's new point, if one is due."""
         if losses is not None:
             before = self.running or losses
             self.running = {k: before[k] + SMOOTHING * (losses[k] - before[k]) for k in losses}
@@ -128,13 +128,13 @@ def train(
     """Train one stage to its number of images and export it; a killed run resumes where it stopped.
 
     On the same machine, a killed and resumed run gives the bits of an uninterrupted one. Its state
-    (`escd.pretrain.state`) is ``runs/pretrain/<stage>/state.pt``, replaced atomically before the first step and
-    every `checkpoint_seconds`. At `evaluations` points and at the end the averaged weights are scored,
+    (`escd.pretrain.state`) is ``runs/pretrain/<stage>/state.pt``, replaced atomically before the first step
+    and every `checkpoint_seconds`. At `evaluations` points and at the end the averaged weights are scored,
     sampled, exported to `weights` and copied to ``checkpoints`` beside the state; at the end the record is
-    written to ``training.json``. `compile` compiles the stage's heavy networks: minutes at the start, steps a
-    fifth faster on a CPU. `further` starts from the exported weights unless there is a state to resume; the
-    record then lists earlier trainings under "earlier". `images`, `learning_rate` and `batch_size` replace the
-    recipe's. Returns the record. Raises FloatingPointError when the loss diverges.
+    written to ``training.json``. `compile` compiles the stage's heavy networks: minutes at the start, then
+    a fifth less time per step on a CPU. `further` starts from the exported weights unless there is a state to
+    resume; the record then lists earlier trainings under "earlier". `images`, `learning_rate` and
+    `batch_size` replace the recipe's. Returns the record. Raises FloatingPointError when the loss diverges.
     """
     changes = {"images": images, "learning_rate": learning_rate, "batch_size": batch_size}
     changes = {name: value for name, value in changes.items() if value is not None}

@@ -45,11 +45,11 @@ def grow_unet(unet: UNet2DConditionModel, channels: int) -> UNet2DConditionModel
 
 
 def make_scheduler() -> DDIMScheduler:
-    """SD 1.5's noise schedule with zero terminal SNR (Lin et al. 2024), for a UNet that predicts the velocity.
+    """SD 1.5's noise schedule with zero terminal SNR (Lin et al. 2024), for velocity prediction.
 
-    On 16 x 16 latents, SD's last timestep still contains the image's mean colour. A UNet trained with it takes
-    the background from the starting noise, not from the prompt (docs/notes/2026-11-25-noise-levels.md). At zero
-    SNR only the velocity (Salimans and Ho 2022) is left to predict.
+    On 16 x 16 latents, SD's last timestep still contains the image's mean colour. A UNet trained with it
+    takes the background from the starting noise, not from the prompt (docs/notes/2026-11-25-noise-levels.md).
+    At zero SNR only the velocity (Salimans and Ho 2022) is left to predict.
     """
     return DDIMScheduler(
         num_train_timesteps=1000,

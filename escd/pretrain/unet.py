@@ -1,9 +1,9 @@
 """Stage 4 of pretraining: the UNet of `mini` and the attribute filters, with frozen towers (Eq. 2).
 
-Captions name twelve outlines and six patterns. A UNet trained on captions alone cannot use a pseudo-word for a
-thirteenth. So part of every batch is cross-image pairs: a filter reads a reference that shares only its shape
-(or only its appearance) with the image to be denoised, the pseudo-word stands in the caption, and UNet and
-filters learn from the same error, as E4T's encoder and weight offsets do (Gal et al. 2023).
+Captions name twelve outlines and six patterns. A UNet trained on captions alone cannot use a pseudo-word for
+a thirteenth. So part of every batch is cross-image pairs: a filter reads a reference that shares only its
+shape (or only its appearance) with the image to be denoised, the pseudo-word stands in the caption, and UNet
+and filters learn from the same error, as E4T's encoder and weight offsets do (Gal et al. 2023).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ REUSE = {"cpu": 4, "cuda": 4, "mps": 2}
 BANK, BEGUN = 8_192, 512
 RINGS = ("latents", "outlines", "materials", "features")  # ring buffers with a row for each of these images
 # Shares of images whose shape, and whose appearance, has a name: these teach the prompt's words, the others
-# teach the UNet to draw what has no name, as a person's reference. Patterns take longer to learn than outlines.
+# teach the UNet to draw what has no name, as a person's reference. Patterns take longer than outlines.
 NAMED_SHAPES, NAMED_APPEARANCES = 0.3, 0.65
 # Shares of a batch whose caption holds "*m", "*a", and both; the rest has plain captions.
 WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH = 0.3125, 0.1875, 0.125
