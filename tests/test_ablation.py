@@ -50,11 +50,11 @@ def test_what_the_arms_leave_out():
     step = stage.batch(1 << 30, 32)
     assert step.plain == 0
     rows = [int((stage.latents == x).flatten(1).all(1).nonzero()[0]) for x in step.x_0[: step.shape]]
-    assert torch.equal(step.shape_from[: step.shape], stage.features[torch.tensor(rows)].float())
+    assert torch.equal(step.shape_ref[: step.shape], stage.features[torch.tensor(rows)].float())
     assert not torch.equal(
-        step.shape_from[: step.shape], stage.features[torch.tensor(rows) ^ SAME_SHAPE].float()
+        step.shape_ref[: step.shape], stage.features[torch.tensor(rows) ^ SAME_SHAPE].float()
     )
-    assert stage.module.telling == 0
+    assert stage.module.probe_weight == 0
     word = AblationStage(torch.device("cpu"), folder, "class word").backbone.word_embedding
     assert torch.equal(word("shape"), word("appearance"))
     assert torch.equal(word("shape"), stage.backbone.word_embedding("object"))

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from escd.backbone.diffusion import NOISE_SPREAD, draw_noise_levels
+from escd.backbone.folder import save_text_encoder
 from escd.data.names import COLOURS, PATTERNS, SHAPES
 from escd.data.random import CounterRNG
 from escd.data.world import World
@@ -34,16 +35,16 @@ from escd.pretrain import unet as unet_module
 from escd.pretrain.__main__ import STAGES as TRAINED
 from escd.pretrain.__main__ import WEIGHTS, main
 from escd.pretrain.autoencoder import (
-    MOST_LATENTS,
+    MOST_CHANNELS,
     AutoencoderLoss,
     AutoencoderStage,
     GrowingLoss,
     make_autoencoder,
     start_linear,
 )
-from escd.pretrain.diffusion_loss import NOISE_MEAN, denoising_error
+from escd.pretrain.diffusion_loss import NOISE_MEAN, DiffusionLoss, denoising_error
 from escd.pretrain.loop import LoopConfig, psnr, train
-from escd.pretrain.networks import make_scheduler
+from escd.pretrain.networks import make_scheduler, make_unet
 from escd.pretrain.pairs import (
     MATERIAL,
     OUTLINE,
@@ -60,7 +61,7 @@ from escd.pretrain.pairs import (
     pair_captions,
     quartets,
 )
-from escd.pretrain.towers import WIDTH, TowerLoss, save_text_tower, save_tokenizer, text_tower
+from escd.pretrain.towers import WIDTH, TowerLoss, save_tokenizer, text_tower
 from escd.pretrain.unet import BEGUN, UNetStage
 from escd.pretrain.vocabulary import WORDS, learn_merges, make_tokenizer
 from escd.pretrain.words import GROUNDS, WordLoss, draw_captions
@@ -92,7 +93,7 @@ def test_the_text_tower_gives_open_clips_numbers(tmp_path):
         out = model(ids)
         pooled = F.normalize(out.pooler_output @ clip.text_projection, dim=-1)
         assert torch.allclose(pooled, clip.encode_text(ids, normalize=True), atol=1e-5)
-        save_text_tower(model, tmp_path)
+        save_text_encoder(model, tmp_path)
         again = CLIPTextModel.from_pretrained(tmp_path)
         assert torch.allclose(again(ids).last_hidden_state, out.last_hidden_state, atol=1e-6)
 
@@ -164,28 +165,28 @@ def test_every_picture_has_a_partner_of_its_shape_alone_and_one_of_its_appearanc
         assert [shared[k] for k in partners] == shared
         assert [other[k] for k in partners] != other
         assert not any(torch.equal(b.image[k], b.image[p]) for k, p in enumerate(partners))
-    # What is told of an attribute is nearly the same under another pose, on another ground.
-    told = {SAME_SHAPE: outlines(b.mask), SAME_APPEARANCE: materials(b.image, b.mask)}
-    for turned, seen in told.items():
-        apart = torch.cdist(seen, seen)
+    # A probe's targets are nearly the same for another pose and background.
+    targets = {SAME_SHAPE: outlines(b.mask), SAME_APPEARANCE: materials(b.image, b.mask)}
+    for turned, of_image in targets.items():
+        apart = torch.cdist(of_image, of_image)
         assert (apart[rows, rows ^ turned] < apart.mean(1)).float().mean() > 0.9
 
 
-def test_what_is_told_of_a_material_is_its_colours_and_its_roughness():
+def test_the_probe_targets_of_a_material_are_its_colours_and_its_roughness():
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 8:56, 8:56] = 1
     red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1)
     plain, grey = mask * red - (1 - mask), torch.zeros(1, 3, 64, 64)
-    told = materials(plain, mask)
-    assert told.shape == (1, MATERIAL)
+    targets = materials(plain, mask)
+    assert targets.shape == (1, MATERIAL)
     # A colour at a level is in one bin, the ground is in none; half way between two levels it is shared out.
-    bins = (told[0, : SHADES**3] / 2).square()
+    bins = (targets[0, : SHADES**3] / 2).square()
     assert bins[(SHADES - 1) * SHADES**2] == 1 and bins.sum() == 1
     shared = (materials(plain * 0.75, mask)[0, : SHADES**3] / 2).square()
     assert torch.allclose(shared[shared > 0], torch.full((8,), 0.125))
     # An even surface changes nowhere; a checkerboard at the first resolution alone, and not along diagonals.
     still = 0.4 * math.log(0.02)
-    assert torch.allclose(told[0, SHADES**3 :], torch.full((4 * ROUGH,), still))
+    assert torch.allclose(targets[0, SHADES**3 :], torch.full((4 * ROUGH,), still))
     odd = torch.arange(64) % 2
     board = grey + (odd[:, None] ^ odd[None]).float()
     rough = materials(board, mask)[0, SHADES**3 :]
@@ -210,16 +211,16 @@ def test_a_step_shows_a_filter_what_the_picture_shares_and_nothing_of_the_pictur
     # What a filter reads is the partner's, wherever in the ring the picture lies.
     rows = [int((unet_stage.latents == x).flatten(1).all(1).nonzero()[0]) for x in step.x_0[plain:]]
     m, a = [*rows[: step.shape], *rows[-step.both :]], rows[step.shape :]
-    for read, of, turned in ((step.shape_from, m, SAME_SHAPE), (step.appearance_from, a, SAME_APPEARANCE)):
+    for read, of, turned in ((step.shape_ref, m, SAME_SHAPE), (step.appearance_ref, a, SAME_APPEARANCE)):
         assert torch.equal(read, unet_stage.features[torch.tensor(of) ^ turned].float())
         assert not torch.equal(read, unet_stage.features[torch.tensor(of)].float())
-    # What is told is the reference's own outline and material.
-    assert step.told_from.shape[0] == PROBED and step.outline.shape == (PROBED, OUTLINE**2)
-    row = int((unet_stage.features.float() == step.told_from[0]).all(1).nonzero()[0])
+    # The probes' targets are the reference's own outline and material.
+    assert step.probe_ref.shape[0] == PROBED and step.outline.shape == (PROBED, OUTLINE**2)
+    row = int((unet_stage.features.float() == step.probe_ref[0]).all(1).nonzero()[0])
     assert torch.equal(unet_stage.outlines[row], step.outline[0])
     assert torch.equal(unet_stage.materials[row], step.material[0])
     kinds = (step.plain, step.shape, step.appearance, step.both)
-    text = unet_stage.module.read(unet_stage.module.ids(step), kinds, step.shape_from, step.appearance_from)
+    text = unet_stage.module.read(unet_stage.module.ids(step), kinds, step.shape_ref, step.appearance_ref)
     assert text.shape[0] == 32 and text.requires_grad
 
 
@@ -238,6 +239,50 @@ def test_the_unet_has_as_many_latents_as_the_autoencoder_beside_it(tmp_path):
     assert unet["in_channels"] == unet["out_channels"] == 6
     with torch.no_grad():
         assert stage.sample(stage.backbone.encode_prompt(["a star"])).shape == (1, 3, 64, 64)
+
+
+def test_a_grown_unet_trained_further_keeps_its_old_channels(tmp_path):
+    for name in ("text_encoder", "tokenizer", "image_tower"):
+        (tmp_path / name).symlink_to(WEIGHTS / name)
+    make_autoencoder(6).save_pretrained(tmp_path / "vae")
+    stage = UNetStage(torch.device("cpu"), tmp_path)
+
+    def trained_further(record: dict) -> DiffusionLoss:
+        (tmp_path / "training.json").write_text(json.dumps({"unet": record}))
+        stage.load(tmp_path)
+        return stage.module
+
+    stage.export(tmp_path)
+    # Six channels from the beginning: none was added.
+    plain = trained_further(stage.facts())
+    assert plain.old_channels == 6 and plain.means[0] == NOISE_MEAN and plain.weights.unique().tolist() == [1]
+    # Three of them added, in a run that was killed after it exported the grown UNet.
+    plain.set_old_channels(3)
+    state, facts = stage.state_dict(), stage.facts()
+    weights = plain.weights.clone()
+    assert trained_further({}).old_channels == 6
+    stage.load_state_dict(state)
+    assert stage.module.old_channels == 3 and torch.equal(stage.module.weights, weights)
+    # Three of them added, in a training that is finished.
+    plain.set_old_channels(6)
+    assert trained_further(facts).old_channels == 3 and torch.equal(stage.module.weights, weights)
+    # Two of these in the exported UNet, the others added now.
+    small = make_unet(2)
+    small.save_pretrained(tmp_path / "unet")
+    assert trained_further({}).old_channels == 2
+    step = stage.batch(0, 16)
+    assert "added" in stage.module(step)[1]
+
+
+def test_facts_of_a_stage_are_in_the_training_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
+
+    class Factual(Toy):
+        def facts(self) -> dict[str, int]:
+            return {"old_channels": 4}
+
+    train(lambda device: Factual(), weights=tmp_path, images=8, progress=False)
+    assert json.loads((tmp_path / "training.json").read_text())["toy"]["old_channels"] == 4
 
 
 def test_workers_paint_ahead_what_the_stage_would_paint_itself():
@@ -319,7 +364,7 @@ def test_noise_levels_are_normal_in_the_logarithm_and_reach_pure_noise():
     assert middle.float().mean() == pytest.approx(0.9 * 0.683 + 0.1 * 0.5, abs=0.05)
 
 
-@pytest.mark.parametrize("latents", [4, 16, MOST_LATENTS])
+@pytest.mark.parametrize("latents", [4, 16, MOST_CHANNELS])
 def test_the_linear_start_reconstructs_before_any_training(latents):
     torch.manual_seed(0)
     vae = AutoencoderLoss(latents).vae
@@ -439,9 +484,10 @@ def train_drawing(folder: Path, checkpoint_seconds: float = 0, **given) -> dict:
     )
     state = torch.load(loop.RUNS / "drawing" / "state.pt", weights_only=True)
     points = [{k: v for k, v in p.items() if k != "seconds"} for p in record["curve"] + record["scores"]]
-    kept = ("parameters", "buffers", "ema", "optimizer", "running", "processes")
+    kept = ("parameters", "buffers", "ema", "optimizer", "processes")
     exported = {path.name: path.read_text() for path in folder.glob("*.json") if path.stem == "toy"}
-    return {"points": points, "exported": exported} | {name: state[name] for name in kept}
+    running = state["progress"]["running"]
+    return {"points": points, "exported": exported, "running": running} | {name: state[name] for name in kept}
 
 
 def equal(one: object, other: object) -> bool:
@@ -532,7 +578,7 @@ def test_one_that_got_a_kill_9_ends_with_the_same_bits(uninterrupted, tmp_path):
     running.wait()
     shutil.move(tmp_path / "pretrain", tmp_path / "runs")
     state = torch.load(tmp_path / "runs" / "drawing" / "state.pt", weights_only=True)
-    assert 0 < state["seen"] < 400
+    assert 0 < state["progress"]["images"] < 400
     assert equal(train_drawing(tmp_path / "weights"), uninterrupted)
 
 
@@ -591,7 +637,7 @@ def test_a_diverging_run_says_so(tmp_path, monkeypatch):
         train(lambda device: toy, weights=tmp_path, progress=False)
 
 
-def test_a_step_without_a_finite_gradient_is_left_out(tmp_path, monkeypatch, capsys):
+def test_a_step_without_a_finite_gradient_is_skipped(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
 
     class Stumbling(Toy):
@@ -601,7 +647,7 @@ def test_a_step_without_a_finite_gradient_is_left_out(tmp_path, monkeypatch, cap
     record = train(lambda device: Stumbling(), weights=tmp_path, progress=False)
     assert record["scores"][-1]["weight"] == pytest.approx(2, abs=0.3)
     assert all(math.isfinite(point["loss"]) for point in record["curve"])
-    assert capsys.readouterr().out.count("left out") == 2
+    assert capsys.readouterr().out.count("skipped") == 2
 
 
 def test_learning_rate_rises_stays_and_falls():

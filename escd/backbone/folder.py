@@ -34,7 +34,7 @@ def load_network(kind: type[ModelMixin], folder: Path, dtype: torch.dtype) -> Mo
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
-    """The text encoder from its folder, whichever way its weights are named (see `_prefixed`)."""
+    """The text encoder from its folder, with either naming of its weights (see `prefixed`)."""
     files = [folder / f"model{variant}.safetensors" for variant in VARIANTS]
     weights = load_file(next(file for file in files if file.exists()))
     text_encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder, local_files_only=True)).to(dtype)
@@ -43,6 +43,15 @@ def load_text_encoder(folder: Path, dtype: torch.dtype) -> CLIPTextModel:
     named.pop(own_prefix + "embeddings.position_ids", None)  # a counter, stored by early releases only
     text_encoder.load_state_dict(named)
     return text_encoder
+
+
+def save_text_encoder(text_encoder: CLIPTextModel, folder: Path) -> None:
+    """Write a text encoder so that every version of transformers reads it.
+
+    transformers 5 would write names without the prefix `text_model.`, which earlier versions cannot read.
+    """
+    text_encoder.config.save_pretrained(folder)
+    save_file(prefixed(text_encoder), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def load_scheduler(folder: str | Path) -> SchedulerMixin:
@@ -87,9 +96,7 @@ def write_backbone(backbone: Backbone, folder: Path, dtype: torch.dtype | None =
     for name, module in backbone.modules.items():
         stored = module if dtype is None else nn.Module.to(copy.deepcopy(module), "cpu", dtype)
         if name == "text_encoder":
-            # transformers 5 writes the names without this prefix, which earlier versions cannot read.
-            stored.config.save_pretrained(folder / name)
-            save_file(prefixed(stored), folder / name / "model.safetensors", metadata={"format": "pt"})
+            save_text_encoder(stored, folder / name)
         else:
             stored.save_pretrained(folder / name, safe_serialization=True)
     backbone.scheduler.save_pretrained(folder / "scheduler")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import TypeVar
 
+from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -85,8 +86,6 @@ def _shallow(module: nn.Module) -> nn.Module:
         twin.__dict__[held] = module.__dict__[held].copy()
     forward = twin.__dict__.pop("forward", None)
     if "_hf_hook" in module.__dict__:
-        from accelerate.hooks import add_hook_to_module
-
         # accelerate's offloading put a forward in place that runs `module`, not the twin.
         for name in ("_old_forward", "_hf_hook"):
             twin.__dict__.pop(name)

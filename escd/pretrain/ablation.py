@@ -94,7 +94,7 @@ class AblationStage(UNetStage):
         if arm == "own picture":
             self.partners = (0, 0)
         if arm in ("own picture", "not told"):
-            self.module.telling = 0.0
+            self.module.probe_weight = 0.0
 
     def export(self, folder: Path) -> None:
         """Nothing: it is scored where it was trained."""

@@ -1,4 +1,4 @@
-"""The loss of stage 4: Eq. 2 over prompts, some of which hold the pseudo-words of Eq. 5."""
+"""The loss of stage 4: Eq. 2 under prompts, some of which hold the pseudo-words of Eq. 5."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from .networks import make_scheduler, make_unet
 from .pairs import MATERIAL, OUTLINE
 from .towers import WIDTH
 
-# Of the log of noise over signal at which the UNet trains: its mean.
-NOISE_MEAN = -0.4
-# Under "*m" the mean is higher by this: the outline is settled where there is much noise.
-NOISIER = 0.8
-# For a UNet whose latent channels grew: the new ones are faint, and settle where there is less noise.
+# Mean of the log noise-to-signal ratio in training, and its increase under "*m": the outline is decided at
+# high noise.
+NOISE_MEAN, NOISIER = -0.4, 0.8
+# The same for a grown UNet: added latent channels have a lower variance and are decided at lower noise.
 GROWN_NOISE_MEAN, GROWN_NOISIER = -0.6, 0.9
-# Weight in the loss of each channel that was added; an old one has 1. What a prompt asks for lies in the old.
+# Loss weight of each added latent channel, where an old one has 1: the old ones hold what a prompt names.
 NEW_WEIGHT = 0.4
 
 
 def denoising_error(
     predict: Callable[[Tensor, Tensor], Tensor], scheduler: DDIMScheduler, x_0: Tensor, t: Tensor
 ) -> Tensor:
-    """The squared error (B,) of a UNet at time steps t (B,) of latents x_0 (B, C, h, w) (Eq. 2)."""
+    """Squared error (B,) of a UNet's prediction at timesteps t (B,) of latents x_0 (B, C, h, w) (Eq. 2)."""
     noise = torch.randn_like(x_0)
     predicted = predict(scheduler.add_noise(x_0, noise, t), t).float()
     return (predicted - target_of(scheduler, x_0, noise, t)).square().mean((1, 2, 3))
@@ -41,12 +40,12 @@ def denoising_error(
 
 @dataclass
 class Step:
-    """One step: latents (N, C, h, w) and prompts, of which the last read pseudo-words.
+    """A batch: latents (N, C, h, w) and N prompts, the last of which hold pseudo-words.
 
-    In this order: `shape` rows "*m", `appearance` rows "*a", `both` rows the two.
+    Rows in this order: plain prompts, `shape` prompts with "*m", `appearance` with "*a", `both` with the two.
 
-    shape_from, appearance_from: embeds_ref (rows that hold the token, W) of the references. told_from,
-    outline, material: embeds_ref (PROBED, W) of more references, and what is to be told of them, (PROBED,
+    shape_ref, appearance_ref: embeds_ref (rows with the token, W) of their references. probe_ref, outline,
+    material: embeds_ref (PROBED, W) of further references and the probes' targets for them, (PROBED,
     OUTLINE**2) and (PROBED, MATERIAL).
     """
 
@@ -55,37 +54,40 @@ class Step:
     shape: int
     appearance: int
     both: int
-    shape_from: Tensor
-    appearance_from: Tensor
-    told_from: Tensor
+    shape_ref: Tensor
+    appearance_ref: Tensor
+    probe_ref: Tensor
     outline: Tensor
     material: Tensor
 
     @property
     def plain(self) -> int:
-        """Rows without a pseudo-word: the first."""
+        """Number of prompts without a pseudo-word."""
         return len(self.prompts) - self.shape - self.appearance - self.both
 
 
 class FiltersInTraining(nn.Module):
-    """New filters for a backbone, and the layers through which their pseudo-words must tell what they saw."""
+    """Filters for a backbone, and linear probes that predict an attribute from their pseudo-words.
+
+    The probes are used in training only: they teach a filter what to encode before the UNet can read it.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.filters = nn.ModuleDict({name: AttributeFilter.for_backbone(backbone) for name in ATTRIBUTES})
         backbone.filters = dict(self.filters)
-        told, width = {"shape": OUTLINE**2, "appearance": MATERIAL}, backbone.text_encoder.config.hidden_size
-        self.tell = nn.ModuleDict({name: nn.Linear(width, length) for name, length in told.items()})
-        self.__dict__["backbone"] = backbone  # frozen, and no part of this module's state
+        width, sizes = backbone.text_encoder.config.hidden_size, {"shape": OUTLINE**2, "appearance": MATERIAL}
+        self.probe = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+        self.__dict__["backbone"] = backbone  # frozen; kept out of this module's state
 
-    def told(self, name: str, embeds_ref: Tensor, truth: Tensor) -> Tensor:
-        """How badly pseudo-words tell the truth (N, K) of the references' attribute: a mean square."""
+    def probe_loss(self, name: str, embeds_ref: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error of the probe on the pseudo-words of N references; targets: (N, K)."""
         word = self.backbone.word_embedding(ATTRIBUTES[name].word).float()
         v = self.filters[name](embeds_ref, word)
-        return F.mse_loss(self.tell[name]((v - word) / word.norm()).float(), truth)
+        return F.mse_loss(self.probe[name]((v - word) / word.norm()).float(), targets)
 
     def load(self, folder: Path) -> None:
-        """Take the filters that `export` wrote."""
+        """Load the filters that `export` wrote."""
         for name, learnt in self.filters.items():
             trained = AttributeFilter.from_pretrained(folder / "filters" / name, torch_dtype=torch.float32)
             learnt.load_state_dict(trained.state_dict())
@@ -100,62 +102,64 @@ class FiltersInTraining(nn.Module):
 
 
 class DiffusionLoss(FiltersInTraining):
-    """Eq. 2 over pictures and captions, some of which hold the pseudo-words of Eq. 5."""
+    """Eq. 2 over images and captions, some of which hold the pseudo-words of Eq. 5, plus the probe loss."""
 
-    telling = 1.0  # weight of what the pseudo-words must tell
+    probe_weight = 1.0
 
     def __init__(
-        self, backbone: Callable[[UNet2DConditionModel], Backbone], latents: int = LATENT_CHANNELS
+        self, backbone: Callable[[UNet2DConditionModel], Backbone], channels: int = LATENT_CHANNELS
     ) -> None:
-        unet = make_unet(latents)
+        unet = make_unet(channels)
         super().__init__(backbone(unet))
         self.unet, self.scheduler = unet, make_scheduler()
-        self.means = (NOISE_MEAN, NOISIER)
-        self.old = latents  # channels that were not added
-        self.__dict__["weights"] = torch.ones(latents)
-        self.__dict__["captured"] = {}  # graphs, and no part of this module's state
+        self.set_old_channels(channels)
+        self.__dict__["captured"] = {}  # CUDA graphs; kept out of this module's state
 
-    def grown(self, old: int) -> None:
-        """The latent channels from number `old` on were added: they weigh less, at lower noise."""
-        self.means, self.old = (GROWN_NOISE_MEAN, GROWN_NOISIER), old
-        self.weights[old:] = NEW_WEIGHT
-        self.weights /= self.weights.mean()
+    def set_old_channels(self, old: int) -> None:
+        """Treat the latent channels from number `old` on as added: with a lower weight, at lower noise."""
+        weights = torch.ones(self.unet.config.in_channels)
+        grown = old < len(weights)
+        if grown:
+            weights[old:] = NEW_WEIGHT
+            weights /= weights.mean()
+        self.means = (GROWN_NOISE_MEAN, GROWN_NOISIER) if grown else (NOISE_MEAN, NOISIER)
+        self.old_channels, self.__dict__["weights"] = old, weights
 
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        # a number of rows to each mean
+        # (rows, increase of the mean) for each kind of prompt
         mean, noisier = self.means
         means = ((step.plain, 0.0), (step.shape, noisier), (step.appearance, 0.0), (step.both, noisier))
         t = torch.cat([draw_noise_levels(self.scheduler, n, mean + more) for n, more in means])
         t, noise = t.to(step.x_0.device), torch.randn_like(step.x_0)
         target = target_of(self.scheduler, step.x_0, noise, t)
         given = (
-            self.scheduler.add_noise(step.x_0, noise, t), t, target, self.ids(step), step.shape_from,
-            step.appearance_from, step.told_from, step.outline, step.material,
+            self.scheduler.add_noise(step.x_0, noise, t), t, target, self.ids(step), step.shape_ref,
+            step.appearance_ref, step.probe_ref, step.outline, step.material,
         )  # fmt: skip
         kinds = (step.plain, step.shape, step.appearance, step.both)
-        errors, outline, material = self._errors(kinds, given)  # of each channel
-        known = errors[:, : self.old].mean(1)
+        errors, outline, material = self._errors(kinds, given)  # errors: (N, C)
+        known = errors[:, : self.old_channels].mean(1)
         names = ("plain", "shape", "appearance", "both")
         logs = {name: part.mean() for name, part in zip(names, known.split(kinds), strict=True) if len(part)}
-        if self.old < errors.shape[1]:
-            logs["added"] = errors[:, self.old :].mean()
-        told = {"outline": outline, "material": material}
+        if self.old_channels < errors.shape[1]:
+            logs["added"] = errors[:, self.old_channels :].mean()
+        probes = {"outline": outline, "material": material}
         error = (errors * self.weights.to(errors)).mean()
-        return error + self.telling * sum(told.values()), logs | told
+        return error + self.probe_weight * sum(probes.values()), logs | probes
 
     def _errors(self, kinds: tuple[int, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """`Errors`: on one GPU captured once as a graph, and replayed.
+        """`StepErrors`, on a single GPU as a CUDA graph.
 
-        So small a network's step is some thousands of kernels, each sooner done than started.
+        A step of such a small network is thousands of kernels, whose launches would take most of the time.
         """
         if not (given[0].is_cuda and self.training and torch.is_grad_enabled()) or rank_and_count()[1] > 1:
-            return Errors(self, kinds)(*given)
+            return StepErrors(self, kinds)(*given)
         key = (kinds, tuple(x.shape for x in given))
         if key not in self.captured:
             dtype = torch.get_autocast_dtype("cuda")
             with torch.autocast("cuda", dtype, torch.is_autocast_enabled("cuda"), cache_enabled=False):
                 self.captured[key] = torch.cuda.make_graphed_callables(
-                    Errors(self, kinds), tuple(x.clone() for x in given), allow_unused_input=True
+                    StepErrors(self, kinds), tuple(x.clone() for x in given), allow_unused_input=True
                 )
         return self.captured[key](*given)
 
@@ -164,18 +168,16 @@ class DiffusionLoss(FiltersInTraining):
         tokens = [attribute.token for attribute in ATTRIBUTES.values()]
         return self.backbone.token_ids(step.prompts, tokens).to(step.x_0.device)
 
-    def read(
-        self, ids: Tensor, kinds: tuple[int, ...], shape_from: Tensor, appearance_from: Tensor
-    ) -> Tensor:
+    def read(self, ids: Tensor, kinds: tuple[int, ...], shape_ref: Tensor, appearance_ref: Tensor) -> Tensor:
         """Text conditioning (N, L, D) of a step's prompts, by their token ids (N, L).
 
-        kinds: how many are plain, under "*m", under "*a" and under both.
+        kinds: numbers of prompts that are plain, with "*m", with "*a" and with both.
         """
         plain, shape, appearance, _ = kinds
         backbone = self.backbone
         words = {name: backbone.word_embedding(a.word) for name, a in ATTRIBUTES.items()}
-        m = self.filters["shape"](shape_from, words["shape"]).float()
-        a = self.filters["appearance"](appearance_from, words["appearance"]).float()
+        m = self.filters["shape"](shape_ref, words["shape"]).float()
+        a = self.filters["appearance"](appearance_ref, words["appearance"]).float()
         pseudo_words = {
             "*m": torch.cat([m[:shape], m.new_zeros(appearance, WIDTH), m[shape:]]),
             "*a": torch.cat([a.new_zeros(shape, WIDTH), a]),
@@ -187,32 +189,32 @@ class DiffusionLoss(FiltersInTraining):
         return torch.cat(text).float()
 
 
-class Errors(nn.Module):
-    """What of a step's loss is tensors alone: what a GPU can replay.
+class StepErrors(nn.Module):
+    """The part of a step's loss that takes and returns only tensors, as a CUDA graph needs it.
 
     Takes noised latents (N, C, h, w), timesteps (N,), targets (N, C, h, w), token ids (N, L), and embeds_ref
-    and truths as in `Step`; gives the squared errors (N, C) of each channel, and how badly outlines and
-    materials are told.
+    and probe targets as in `Step`; returns the squared error (N, C) of each latent channel and the probe
+    losses of outlines and materials.
     """
 
     def __init__(self, loss: DiffusionLoss, kinds: tuple[int, ...]) -> None:
         super().__init__()
-        self.unet, self.filters, self.tell = loss.unet, loss.filters, loss.tell
-        self.__dict__["loss"] = loss  # its parameters are those above
+        self.unet, self.filters, self.probe = loss.unet, loss.filters, loss.probe
+        self.__dict__["loss"] = loss  # a parent whose parameters are those above
         self.kinds = kinds
 
     def forward(
-        self, x_t: Tensor, t: Tensor, target: Tensor, ids: Tensor, shape_from: Tensor,
-        appearance_from: Tensor, told_from: Tensor, outline: Tensor, material: Tensor,
+        self, x_t: Tensor, t: Tensor, target: Tensor, ids: Tensor, shape_ref: Tensor,
+        appearance_ref: Tensor, probe_ref: Tensor, outline: Tensor, material: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        text = self.loss.read(ids, self.kinds, shape_from, appearance_from)
+        text = self.loss.read(ids, self.kinds, shape_ref, appearance_ref)
         error = (self.unet(x_t, t, text).sample.float() - target).square().mean((2, 3))
-        told = self.loss.told
-        return error, told("shape", told_from, outline), told("appearance", told_from, material)
+        probe_loss = self.loss.probe_loss
+        return error, probe_loss("shape", probe_ref, outline), probe_loss("appearance", probe_ref, material)
 
 
 def rank_and_count() -> tuple[int, int]:
-    """Which of how many processes this is."""
+    """This process's number and the number of processes."""
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

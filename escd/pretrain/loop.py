@@ -1,4 +1,4 @@
-"""The one training loop of every pretraining stage: resumable, distributed, logged, averaged."""
+"""The training loop of every pretraining stage: resumable, distributed, logged, with averaged weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,79 +26,90 @@ from ..method.step import autocast_dtype
 from .state import random_state, read_state, set_random_state, write_state
 
 RUNS = paths.RUNS / "pretrain"
-
-
-KEPT = ("images", "seconds", "environment", "scores")  # of an earlier training's record
-LEFT_OUT = 20  # steps without a finite gradient, one after the other, that end a training
+EARLIER = ("images", "seconds", "environment", "scores")  # what a record keeps of an earlier training
+MOST_SKIPPED = 20  # abort after this many consecutive non-finite gradients
+SMOOTHING = 0.05  # weight of a step's losses in the running mean that the curve shows
+CURVE_POINTS = 200
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """How long and how fast one stage learns."""
 
-    # Pictures seen in all; the learning rate decays to zero at this number, so a resumed run may raise it.
+    # Training images in all. The learning rate is zero at this number; a resumed run may raise it.
     images: int
-    # Pictures a step, over all processes.
+    # Images per step, over all processes.
     batch_size: int
     learning_rate: float
-    # Share of the images over which the learning rate rises, and over which it falls linearly to zero at the
-    # end.
+    # Shares of the images: linear learning-rate warm-up, and linear learning-rate decay to zero at the end.
     warmup: float = 0.02
     decay: float = 0.5
     weight_decay: float = 0.01
-    # The averaged model follows with rate (1 + step) ** -0.75, at most this.
+    # Averaged weights follow with rate (1 + step) ** -0.75, at most this.
     ema_decay: float = 0.9995
     seed: int = 0
 
     def rate(self, images: int) -> float:
-        """The learning rate after so many images: linear warm-up, plateau, linear decay."""
+        """Learning rate after this many images: linear warm-up, plateau, linear decay."""
         done = images / self.images
         return self.learning_rate * max(1e-3, min(1.0, done / self.warmup + 1e-3, (1 - done) / self.decay))
 
 
 class Stage(Protocol):
-    """What a pretraining stage gives the loop."""
+    """What a pretraining stage gives the loop. Optional: `load`, `state_dict`, `load_state_dict`, `facts`."""
 
     name: str
     loop: LoopConfig
-    module: (
-        nn.Module
-    )  # module(batch) -> (loss, {name: scalar tensor}); only its parameters that require a gradient learn
-    heavy: list[nn.Module]  # what is worth compiling; evaluation goes round that, through `forward`
+    module: nn.Module  # module(batch) -> (loss, {name: scalar tensor}); trained where it requires gradients
+    heavy: list[nn.Module]  # networks worth compiling; evaluation calls their `forward`, uncompiled
 
     def load(self, folder: Path) -> None:
-        """Take the exported weights of an earlier training; only stages that can be gone on with have it."""
+        """Take exported weights, to train them further."""
 
     def batch(self, first: int, count: int) -> Any:
-        """The training pictures first ... first + count - 1, ready for `module`."""
+        """Training images first ... first + count - 1, ready for `module`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What batches depend on besides their number; only stages that have such a thing have it."""
+        """What batches depend on besides their number."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put that back."""
+        """Restore what `state_dict` returned."""
+
+    def facts(self) -> dict[str, Any]:
+        """Entries of the training record that `load` needs to train the exported weights further."""
 
     def evaluate(self) -> dict[str, float]:
-        """Scores of the averaged model on a fixed held-out set."""
+        """Scores of the averaged weights on a fixed held-out set."""
 
     def grid(self, path: Path) -> None:
-        """A fixed grid of samples, to look at."""
+        """Write a fixed grid of samples as an image."""
 
     def export(self, folder: Path) -> None:
         """Write the averaged weights in the layout that `escd.load_backbone` reads."""
 
 
-def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """What a training record says of the machine: device, processes, threads, versions."""
-    cuda = accelerator.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "precision": accelerator.mixed_precision,
-    }
+@dataclass
+class Progress:
+    """How far a training is."""
+
+    images: int = 0  # trained on, without earlier trainings
+    seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    scores: list[dict[str, float]] = field(default_factory=list)
+    running: dict[str, Tensor] | None = None  # smoothed losses
+    skipped: int = 0  # consecutive steps without a finite gradient
+    earlier: list[dict[str, Any]] = field(default_factory=list)  # trainings that this one goes on from
+
+    def add_losses(self, losses: dict[str, Tensor] | None, spacing: float) -> dict[str, float] | None:
+        """Smooth a step's losses (None: it was skipped); returns the curve's new point, if one is due."""
+        if losses is not None:
+            before = self.running or losses
+            self.running = {k: before[k] + SMOOTHING * (losses[k] - before[k]) for k in losses}
+        if not self.running or (self.curve and self.images - self.curve[-1]["images"] < spacing):
+            return None
+        point = {k: round(float(v), 5) for k, v in self.running.items()}
+        self.curve.append({"images": self.images, "seconds": round(self.seconds, 1), **point})
+        return point
 
 
 def train(
@@ -114,223 +125,277 @@ def train(
     learning_rate: float | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Train one stage to its number of images and export it; picks up where a killed run left off.
+    """Train one stage to its number of images and export it; a killed run resumes where it stopped.
 
-    Killed at any moment and started again, it gives the bits it would have given on the same machine. The
-    state (`escd.pretrain.state`) lies in ``runs/pretrain/<stage>/state.pt`` and is replaced, whole or not at
-    all, before the first step and every `checkpoint_seconds`; at `evaluations` points along the way, and at
-    the end, the averaged model is scored, its grid drawn, its weights exported, a copy of them put under
-    ``checkpoints``, and the training record rewritten. `compile` takes minutes to begin and wins back a fifth
-    of each step on a CPU. `further` starts from the exported weights where there is no state of a killed run;
-    the record then keeps the earlier trainings' under "earlier", and the curve begins anew. `images`,
-    `learning_rate` and `batch_size` replace the recipe's. Returns the record.
+    On the same machine, a killed and resumed run gives the bits of an uninterrupted one. Its state
+    (`escd.pretrain.state`) is ``runs/pretrain/<stage>/state.pt``, replaced atomically before the first step
+    and every `checkpoint_seconds`. At `evaluations` points and at the end the averaged weights are scored,
+    sampled, exported to `weights` and copied to ``checkpoints`` beside the state; at the end the record is
+    written to ``training.json``. `compile` compiles the stage's heavy networks: minutes at the start, then
+    a fifth less time per step on a CPU. `further` starts from the exported weights unless there is a state to
+    resume; the record then lists earlier trainings under "earlier". `images`, `learning_rate` and
+    `batch_size` replace the recipe's. Returns the record. Raises FloatingPointError when the loss diverges.
     """
-    # bfloat16 where there is any; GPUs before Ampere would only emulate it.
-    older = autocast_dtype(choose_device()) is torch.float16
-    accelerator = Accelerator(mixed_precision="fp16" if older else "bf16")
-    stage = make(accelerator.device)
-    given = {"images": images, "learning_rate": learning_rate, "batch_size": batch_size}
-    config = replace(stage.loop, **{name: value for name, value in given.items() if value is not None})
-    folder = RUNS / stage.name
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed + accelerator.process_index)
+    changes = {"images": images, "learning_rate": learning_rate, "batch_size": batch_size}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    training = Training(make, weights, changes, further)
+    if compile:
+        for network in training.stage.heavy:
+            network.compile(dynamic=False)
+    training.run(evaluations, checkpoint_seconds, bar=progress)
+    return training.write_record()
 
-    path = folder / "state.pt"
-    state = read_state(path, accelerator.num_processes)
-    earlier: list[dict] = state.get("earlier", [])
-    if further or earlier:
-        stage.load(weights)  # before anything is asked which of its parameters learn
-    parameters = [p for p in stage.module.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.99), fused=True
-    )
-    seen, seconds, curve, scores, running, left_out = 0, 0.0, [], [], None, 0
 
-    ema = EMAModel(
-        parameters,
-        decay=config.ema_decay,
-        use_ema_warmup=True,
-        power=0.75,
-        foreach=accelerator.device.type == "cuda",
-    )
-    ema.to(accelerator.device)
-    if state:
-        learnt = dict(stage.module.named_parameters())
+class Training:
+    """A stage with its optimizer, averaged weights and progress."""
+
+    def __init__(
+        self, make: Callable[[torch.device], Stage], weights: Path, changes: dict[str, Any], further: bool
+    ) -> None:
+        # bfloat16 where it is native; GPUs before Ampere emulate it.
+        older = autocast_dtype(choose_device()) is torch.float16
+        self.accelerator = Accelerator(mixed_precision="fp16" if older else "bf16")
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.stage = make(self.device)
+        self.config = replace(self.stage.loop, **changes)
+        self.weights, self.folder = weights, RUNS / self.stage.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(self.config.seed + self.accelerator.process_index)
+        self.path = self.folder / "state.pt"
+        self.state = read_state(self.path, self.accelerator.num_processes)  # of a killed run; else empty
+        self.progress = Progress(**self.state.get("progress", {}))
+        if further or self.progress.earlier:
+            self.stage.load(weights)  # decides which parameters require gradients
+        self.parameters = [p for p in self.stage.module.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(self.parameters, self.config)
+        self.ema = EMAModel(
+            self.parameters,
+            decay=self.config.ema_decay,
+            use_ema_warmup=True,
+            power=0.75,
+            foreach=self.device.type == "cuda",
+        )
+        self.ema.to(self.device)
+        if self.state:
+            self._restore()
+        elif further:
+            before = json.loads((weights / "training.json").read_text())[self.stage.name]
+            self.progress.earlier = [*before.pop("earlier", []), {k: before[k] for k in EARLIER}]
+            self.accelerator.print(f"{self.stage.name}: goes on from {weights}, {before['images']} images")
+        # Images of earlier trainings are not used again.
+        self.offset = sum(training["images"] for training in self.progress.earlier)
+
+    def _restore(self) -> None:
+        """Take networks, optimizer and progress from the state of a killed run.
+
+        Raises ValueError for the state of another network.
+        """
+        state, module = self.state, self.stage.module
+        trained = dict(module.named_parameters())
         for name, value in state["parameters"].items():
-            if name not in learnt or learnt[name].shape != value.shape:
+            if name not in trained or trained[name].shape != value.shape:
                 raise ValueError(
-                    f"{path} is the state of another network (its {name} is {tuple(value.shape)}): "
+                    f"{self.path} is the state of another network (its {name} is {tuple(value.shape)}): "
                     "move it away, or set ESCD_RUNS to another folder"
                 )
-            learnt[name].data.copy_(value)
-        stage.module.load_state_dict(state["buffers"], strict=False)
-        ema.load_state_dict(state["ema"])
-        ema.to(accelerator.device)
-        optimizer.load_state_dict(state["optimizer"])
-        seen, seconds, curve, scores = state["seen"], state["seconds"], state["curve"], state["scores"]
-        left_out = state["left_out"]
-        if state["running"] is not None:
-            running = {name: value.to(accelerator.device) for name, value in state["running"].items()}
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        accelerator.print(f"{stage.name}: resumed at {seen} images")
-    elif further:
-        before = json.loads((weights / "training.json").read_text())[stage.name]
-        earlier = [*before.pop("earlier", []), {k: before[k] for k in KEPT}]
-        accelerator.print(f"{stage.name}: goes on from {weights}, {before['images']} images")
+            trained[name].data.copy_(value)
+        module.load_state_dict(state["buffers"], strict=False)
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.progress.running is not None:
+            self.progress.running = {k: v.to(self.device) for k, v in self.progress.running.items()}
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.accelerator.print(f"{self.stage.name}: resumed at {self.progress.images} images")
 
-    # No picture of an earlier training is shown a second time.
-    offset = sum(e["images"] for e in earlier)
-
-    if compile:
-        for network in stage.heavy:
-            network.compile(dynamic=False)
-    model, optimizer = accelerator.prepare(stage.module, optimizer)
-    share = config.batch_size // accelerator.num_processes
-    due = [math.ceil(config.images * (k + 1) / evaluations) for k in range(evaluations)]
-    due = [d for d in due if d > seen]
-
-    def save() -> None:
-        """Called by all processes at once."""
-        own = stage.state_dict() if hasattr(stage, "state_dict") else {}
-        processes = gather_object([{"random": random_state(accelerator.device), "stage": own}])
-        if not accelerator.is_main_process:
+    def _begin(self) -> None:
+        """Restore random numbers, or write the first state; after this only training steps draw numbers."""
+        if not self.state:
+            self.save()  # resumes from these weights even if `weights` is overwritten later
             return
+        own = self.state["processes"][self.accelerator.process_index]
+        self.state = {}  # as large as the networks and the stage's images together
+        set_random_state(own["random"], self.device)
+        if own["stage"]:
+            self.stage.load_state_dict(own["stage"])
+
+    def run(self, evaluations: int, checkpoint_seconds: float, bar: bool) -> None:
+        """Train to the configured number of images."""
+        accelerator, progress, total = self.accelerator, self.progress, self.config.images
+        self.model, self.optimizer = accelerator.prepare(self.stage.module, self.optimizer)
+        due = [math.ceil(total * (k + 1) / evaluations) for k in range(evaluations)]
+        due = [d for d in due if d > progress.images]
+        self.bar = tqdm(
+            total=total,
+            initial=progress.images,
+            unit="img",
+            desc=self.stage.name,
+            disable=not (bar and self.is_main),
+            mininterval=5,
+        )
+        saved = started = time.monotonic()
+        since = progress.seconds
+        self._begin()
+        with sdpa_kernel(attention_kernels(self.device)):
+            while progress.images < total:
+                losses = self.step()
+                progress.seconds = since + time.monotonic() - started
+                self._log(losses)
+                if due and progress.images >= due[0]:
+                    due = [d for d in due if d > progress.images]
+                    self.evaluate()
+                    self.save()
+                    accelerator.wait_for_everyone()
+                    continue
+                if self.is_main and time.monotonic() - saved > checkpoint_seconds:
+                    accelerator.set_trigger()
+                if accelerator.check_trigger():  # in all processes at the same step
+                    saved = time.monotonic()
+                    self.save()
+        self.bar.close()
+        if not progress.scores or progress.scores[-1]["images"] < progress.images:
+            self.evaluate()
+        self.save()
+        accelerator.wait_for_everyone()
+
+    def step(self) -> dict[str, Tensor] | None:
+        """One optimizer step on the next batch; its losses, or None where the gradient was not finite."""
+        accelerator, progress, optimizer = self.accelerator, self.progress, self.optimizer
+        share = self.config.batch_size // accelerator.num_processes
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.rate(progress.images)
+        with torch.no_grad():
+            first = self.offset + progress.images + share * accelerator.process_index
+            batch = self.stage.batch(first, share)
+        with accelerator.autocast():
+            loss, logs = self.model(batch)
+        accelerator.backward(loss)
+        # One non-finite gradient would spoil all weights. It is the same in all processes.
+        finite = math.isfinite(accelerator.clip_grad_norm_(self.parameters, 1.0))
+        progress.skipped = 0 if finite else progress.skipped + 1
+        if finite or accelerator.scaler is not None:
+            optimizer.step()  # the gradient scaler skips such a step by itself, and lowers its scale
+        if finite:
+            self.ema.step(self.parameters)
+        else:
+            tqdm.write(f"{self.stage.name}: step at {progress.images} images skipped: non-finite gradient")
+        if progress.skipped == MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{self.stage.name}: no finite gradient in {MOST_SKIPPED} consecutive steps, at "
+                f"{progress.images} images; lower the learning rate"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        progress.images += share * accelerator.num_processes
+        self.bar.update(share * accelerator.num_processes)
+        return {k: v.detach().float() for k, v in {"loss": loss, **logs}.items()} if finite else None
+
+    def _log(self, losses: dict[str, Tensor] | None) -> None:
+        """Show and write the curve where a new point is due."""
+        point = self.progress.add_losses(losses, self.config.images / CURVE_POINTS)
+        if point is not None:
+            self.bar.set_postfix(point, refresh=False)
+            if not self.bar.disable:
+                write_text(self.folder / "curve.json", json.dumps(self.progress.curve))
+
+    def save(self) -> None:
+        """Write the state; all processes call it at once."""
+        own = self.stage.state_dict() if hasattr(self.stage, "state_dict") else {}
+        processes = gather_object([{"random": random_state(self.device), "stage": own}])
+        if not self.is_main:
+            return
+        module, scaler = self.stage.module, self.accelerator.scaler
         state = {
             "processes": processes,
-            "parameters": {n: p.detach() for n, p in stage.module.named_parameters() if p.requires_grad},
-            "buffers": dict(stage.module.named_buffers()),
-            "ema": ema.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "seen": seen,
-            "seconds": seconds,
-            "curve": curve,
-            "scores": scores,
-            "earlier": earlier,
-            "running": running,
-            "left_out": left_out,
-            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            "parameters": {n: p.detach() for n, p in module.named_parameters() if p.requires_grad},
+            "buffers": dict(module.named_buffers()),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": vars(self.progress),
+            "scaler": None if scaler is None else scaler.state_dict(),
         }
-        write_state(state, path)
+        write_state(state, self.path)
 
-    def evaluate() -> None:
-        if not accelerator.is_main_process:
+    def evaluate(self) -> None:
+        """Score, sample and export the averaged weights."""
+        if not self.is_main:
             return
-        ema.store(parameters)
-        ema.copy_to(parameters)
+        stage, progress = self.stage, self.progress
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
         stage.module.eval()
         try:
-            with torch.no_grad(), accelerator.autocast():
-                scores.append({"images": seen, "seconds": round(seconds, 1), **stage.evaluate()})
-                with together(folder) as scratch:
-                    stage.grid(scratch / f"{seen:08d}.png")
-                kept = folder / "checkpoints" / f"{offset + seen:08d}"  # named by the images of all trainings
-                for place in (weights, kept):
-                    with together(place) as scratch:
+            with torch.no_grad(), self.accelerator.autocast():
+                spent = {"images": progress.images, "seconds": round(progress.seconds, 1)}
+                progress.scores.append({**spent, **stage.evaluate()})
+                with together(self.folder) as scratch:
+                    stage.grid(scratch / f"{progress.images:08d}.png")
+                # named by the images of all trainings
+                checkpoint = self.folder / "checkpoints" / f"{self.offset + progress.images:08d}"
+                for folder in (self.weights, checkpoint):
+                    with together(folder) as scratch:
                         stage.export(scratch)
         finally:
             stage.module.train()
-            ema.restore(parameters)
-        tqdm.write(f"{stage.name}: " + json.dumps(scores[-1]))
+            self.ema.restore(self.parameters)
+        tqdm.write(f"{stage.name}: " + json.dumps(progress.scores[-1]))
 
-    bar = tqdm(
-        total=config.images,
-        initial=seen,
-        unit="img",
-        desc=stage.name,
-        disable=not (progress and accelerator.is_main_process),
-        mininterval=5,
+    def write_record(self) -> dict[str, Any]:
+        """The record of the finished training, written to ``training.json`` beside the weights."""
+        progress, stage = self.progress, self.stage
+        record = {
+            "stage": stage.name,
+            "config": asdict(self.config),
+            "images": progress.images,
+            "seconds": round(progress.seconds, 1),
+            "environment": environment(self.accelerator),
+            "scores": progress.scores,
+            "curve": progress.curve,
+            **(stage.facts() if hasattr(stage, "facts") else {}),
+            **({"earlier": progress.earlier} if progress.earlier else {}),
+        }
+        if self.is_main:
+            path = self.weights / "training.json"
+            records = json.loads(path.read_text()) if path.exists() else {}
+            write_text(path, json.dumps(records | {stage.name: record}, indent=1) + "\n")
+        return record
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and kernels, and none on biases and normalisation."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(0.9, 0.99),
+        fused=True,
     )
-    saved = started = time.monotonic()
-    since = seconds
-    # The math kernel trains about twice as fast as PyTorch's fused CPU attention at these short sequences.
-    kernel = (
-        [SDPBackend.MATH]
-        if accelerator.device.type == "cpu"
-        else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    )
-    # From here on nothing but the steps draws random numbers.
-    if state:
-        mine = state["processes"][accelerator.process_index]
-        set_random_state(mine["random"], accelerator.device)
-        if mine["stage"]:
-            stage.load_state_dict(mine["stage"])
-    else:
-        save()  # a training that goes on from exported weights starts from these, whatever is exported since
-    with sdpa_kernel(kernel):
-        while seen < config.images:
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(seen)
-            with torch.no_grad():
-                batch = stage.batch(offset + seen + share * accelerator.process_index, share)
-            with accelerator.autocast():
-                loss, logs = model(batch)
-            accelerator.backward(loss)
-            # One gradient that is no number would end everything; it is the same in all processes.
-            sound = math.isfinite(accelerator.clip_grad_norm_(parameters, 1.0))
-            left_out = 0 if sound else left_out + 1
-            if sound or accelerator.scaler is not None:
-                optimizer.step()  # with a scaler it leaves such a step out by itself, and scales less
-            if sound:
-                ema.step(parameters)
-            else:
-                tqdm.write(f"{stage.name}: a step at {seen} images is left out, its gradient is no number")
-            if left_out == LEFT_OUT:
-                raise FloatingPointError(
-                    f"{stage.name}: no finite gradient in {LEFT_OUT} steps on end, at {seen} images; "
-                    "lower the learning rate"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            seen += share * accelerator.num_processes
-            seconds = since + time.monotonic() - started
-            bar.update(share * accelerator.num_processes)
-            logs = {name: value.detach().float() for name, value in {"loss": loss, **logs}.items()}
-            before = logs if running is None else running
-            if sound:
-                running = {k: before[k] + 0.05 * (logs[k] - before[k]) for k in logs}
-            if running and (not curve or seen - curve[-1]["images"] >= config.images / 200):
-                point = {k: round(float(v), 5) for k, v in running.items()}
-                curve.append({"images": seen, "seconds": round(seconds, 1), **point})
-                bar.set_postfix(point, refresh=False)
-                if not bar.disable:
-                    write_text(folder / "curve.json", json.dumps(curve))
-            if due and seen >= due[0]:
-                due = [d for d in due if d > seen]
-                evaluate()
-                save()
-                accelerator.wait_for_everyone()
-            else:
-                if accelerator.is_main_process and time.monotonic() - saved > checkpoint_seconds:
-                    accelerator.set_trigger()
-                if accelerator.check_trigger():  # of all processes
-                    saved = time.monotonic()
-                    save()
-    bar.close()
-    if not scores or scores[-1]["images"] < seen:
-        evaluate()
-    save()
-    accelerator.wait_for_everyone()
-    record = {
-        "stage": stage.name,
-        "config": asdict(config),
-        "images": seen,
-        "seconds": round(seconds, 1),
-        "environment": environment(accelerator),
-        "scores": scores,
-        "curve": curve,
-        **({"earlier": earlier} if earlier else {}),
+
+
+def attention_kernels(device: torch.device) -> list[SDPBackend]:
+    """PyTorch's attention kernels to train with.
+
+    On a CPU the math kernel trains about twice as fast as the fused one at these short sequences.
+    """
+    if device.type == "cpu":
+        return [SDPBackend.MATH]
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """The machine in a training record: device, architecture, processes, threads, version, precision."""
+    cuda = accelerator.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": accelerator.mixed_precision,
     }
-    if accelerator.is_main_process:
-        written = weights / "training.json"
-        records = json.loads(written.read_text()) if written.exists() else {}
-        records[stage.name] = record
-        write_text(written, json.dumps(records, indent=1) + "\n")
-    return record
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The UNet of `mini`, its noise schedule, and how it grows to more latent channels."""
+"""The UNet of `mini`, its noise schedule, and growth to more latent channels."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from .autoencoder import LATENT_CHANNELS
 from .towers import WIDTH
 
 
-def make_unet(latents: int = LATENT_CHANNELS) -> UNet2DConditionModel:
+def make_unet(channels: int = LATENT_CHANNELS) -> UNet2DConditionModel:
     """SD 1.5's class scaled down: three resolutions (16, 8, 4), cross-attention in every block."""
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=latents,
-        out_channels=latents,
+        in_channels=channels,
+        out_channels=channels,
         layers_per_block=1,
         block_out_channels=(64, 128, 160),
         down_block_types=("CrossAttnDownBlock2D",) * 3,
@@ -27,15 +27,15 @@ def make_unet(latents: int = LATENT_CHANNELS) -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def grow_unet(unet: UNet2DConditionModel, latents: int) -> UNet2DConditionModel:
-    """The UNet with more latent channels, which it neither reads nor predicts yet: the old ones as before.
+def grow_unet(unet: UNet2DConditionModel, channels: int) -> UNet2DConditionModel:
+    """The UNet with more latent channels: the same prediction of the old ones, zero for the added ones.
 
-    Raises ValueError where it has as many already.
+    Raises ValueError where it already has as many.
     """
     old = unet.config.in_channels
-    if not old < latents:
-        raise ValueError(f"a UNet of {old} latent channels cannot grow to {latents}")
-    wide = make_unet(latents)
+    if not old < channels:
+        raise ValueError(f"a UNet of {old} latent channels cannot grow to {channels}")
+    wide = make_unet(channels)
     own, start = wide.state_dict(), unet.state_dict()
     own["conv_in.weight"].zero_()[:, :old] = start.pop("conv_in.weight")
     for name in ("conv_out.weight", "conv_out.bias"):
@@ -45,13 +45,11 @@ def grow_unet(unet: UNet2DConditionModel, latents: int) -> UNet2DConditionModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """SD 1.5's noise schedule, brought to pure noise at its end, for a UNet that predicts the velocity.
+    """SD 1.5's noise schedule with zero terminal SNR (Lin et al. 2024), for velocity prediction.
 
-    On 16 x 16 latents SD's last step still shows a picture's mean colour through the noise. A UNet trained so
-    reads the background off the starting noise instead of off the prompt: a first one did, and obeyed 7 % of
-    the prompts' backgrounds. Without that remainder (Lin et al. 2024, "Common diffusion noise schedules and
-    sample steps are flawed") only the prompt tells, and only a UNet that predicts the velocity (Salimans and
-    Ho 2022) has something to predict there.
+    On 16 x 16 latents, SD's last timestep still contains the image's mean colour. A UNet trained with it
+    takes the background from the starting noise, not from the prompt (docs/notes/2026-11-25-noise-levels.md).
+    At zero SNR only the velocity (Salimans and Ho 2022) is left to predict.
     """
     return DDIMScheduler(
         num_train_timesteps=1000,

@@ -1,14 +1,14 @@
-"""Stage 3 of pretraining: the image tower, open_clip's own vision transformer, against the locked text tower.
+"""Stage 3 of pretraining: the image tower, open_clip's vision transformer, with the text tower frozen.
 
-CLIP's loss (Radford et al. 2021) with the text tower as `words` left it ("locked-image tuning", Zhai et al.
-2022, the other way round), so that the UNet and the image tower can be trained in either order. Two auxiliary
-heads learn from cross-image pairs: pictures that share only their shape, and pictures that share only their
-appearance, must be told from the rest of the batch. Captions have no word for most outlines and materials of
-the world; the pairs put them into the CLS token all the same. The heads are thrown away.
+The loss is CLIP's (Radford et al. 2021), with the frozen text tower of stage 2 (as locked-image tuning, Zhai
+et al. 2022, with the towers exchanged). Two auxiliary heads have contrastive losses over cross-image pairs:
+images that share only their shape, and images that share only their appearance. Captions have no word for
+most outlines and materials; these pairs put them into the CLS token. The heads are not exported.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..backbone.folder import load_text_encoder
 from ..backbone.image_tower import ImageTower
 from ..data.captions import draw_caption
 from ..data.world import World
@@ -44,7 +45,7 @@ MODEL = {
 
 
 def text_tower(clip: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text half of an open_clip model as the class diffusers reads; same numbers (tested to 1e-5)."""
+    """The text tower of an open_clip model as transformers' class; the same outputs to 1e-5."""
     cfg = MODEL["text_cfg"]
     model = CLIPTextModel(
         CLIPTextConfig(
@@ -55,7 +56,7 @@ def text_tower(clip: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
             num_hidden_layers=cfg["layers"],
             num_attention_heads=cfg["heads"],
             max_position_embeddings=cfg["context_length"],
-            hidden_act="gelu",  # open_clip's activation; the class's default is another one
+            hidden_act="gelu",  # open_clip's activation, not the class's default
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -91,32 +92,13 @@ def text_tower(clip: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def load_text_tower(folder: Path, device: torch.device) -> CLIPTextModel:
-    """The frozen text tower of an exported backbone."""
-    text = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype=torch.float32)
+    """The frozen text tower of an exported backbone, in float32."""
+    text = load_text_encoder(folder / "text_encoder", torch.float32)
     return text.to(device).eval().requires_grad_(False)
 
 
-def save_text_tower(model: CLIPTextModel, folder: Path) -> None:
-    """Save with the ``text_model.`` prefix, which every version of transformers reads."""
-    from safetensors.torch import save_file
-
-    state = {
-        k if k.startswith("text_model.") else f"text_model.{k}": v.contiguous()
-        for k, v in model.state_dict().items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)
-    save_file(
-        {k: v for k, v in state.items() if "position_ids" not in k},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-
-
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Save for every version: tokenizer.json for transformers 5, vocab.json and merges.txt for 4."""
-    import json
-
+    """Save for all versions of transformers: tokenizer.json for 5, vocab.json and merges.txt for 4."""
     with TemporaryDirectory() as name:
         tokenizer.save_pretrained(name)
         shutil.copytree(name, folder, dirs_exist_ok=True)
@@ -127,7 +109,7 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def read_captions(tokenizer: CLIPTokenizer, text: CLIPTextModel, captions: list[str]) -> Tensor:
-    """Last hidden states (N, L, WIDTH) of a frozen text tower, as the UNet reads them, in float32."""
+    """Last hidden states (N, L, WIDTH) of a frozen text tower, in float32: the UNet's text conditioning."""
     ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad(), torch.autocast(text.device.type, torch.bfloat16):
         return text(ids.to(text.device))[0].float()
@@ -138,7 +120,7 @@ class TowerLoss(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # open_clip builds both towers at once: the smallest text tower it takes is built and not used.
+        # open_clip always builds both towers: this is the smallest text tower it accepts.
         unused = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
         self.clip = open_clip.CLIP(MODEL["embed_dim"], open_clip.CLIPVisionCfg(**MODEL["vision_cfg"]), unused)
         for name, parameter in self.clip.named_parameters():
@@ -153,18 +135,18 @@ class TowerLoss(nn.Module):
         visual = self.clip.visual
         projection, visual.proj = visual.proj, None
         try:
-            # forward: a compiled tower would be compiled again for an evaluation
+            # `forward` is not compiled: an evaluation's batch size would compile the tower again
             return (visual if self.training else visual.forward)((images / 2 + 0.5 - self.mean) / self.std)
         finally:
             visual.proj = projection
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         n = len(batch["text"])
-        cls = self.cls_token(batch["images"])  # (2N, WIDTH): N pictures, N partners
+        cls = self.cls_token(batch["images"])  # (2N, WIDTH): N images, N partners
         image = F.normalize((cls[:n] @ self.clip.visual.proj).float(), dim=-1)
         text = F.normalize(self.read(batch["text"]).float(), dim=-1)
         logits = self.clip.logit_scale.exp().clamp(max=100) * image @ text.T
-        # Pictures whose captions read the same are all right answers.
+        # Images with the same caption are all correct.
         target = batch["same"] / batch["same"].sum(1, keepdim=True)
         contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         logs, loss = {"clip": contrastive}, contrastive
@@ -179,6 +161,8 @@ class TowerLoss(nn.Module):
 
 
 class TowerStage:
+    """Trains the image tower against the text tower in `folder`."""
+
     name = "towers"
     loop = LoopConfig(images=120_000, batch_size=128, learning_rate=1e-3, decay=0.7, weight_decay=0.05)
 
@@ -192,6 +176,7 @@ class TowerStage:
         self.fixed = self._batch(World(seed=9012, device=device), 0, 256)
 
     def load(self, folder: Path) -> None:
+        """Take an exported image tower; the heads and CLIP's projection start anew."""
         tower = ImageTower.from_pretrained(folder / "image_tower", torch_dtype=torch.float32)
         self.module.clip.visual.load_state_dict(tower.visual.state_dict(), strict=False)  # all but `proj`
 
@@ -203,7 +188,7 @@ class TowerStage:
         b = world.batch(index)
         partner = world.batch(other, shape=shape, appearance=appearance)
         u = world._draws("pick", index).uniform("u").tolist()
-        # Full captions only: a partial one has too many right pictures.
+        # Full captions only: a partial one fits too many images.
         captions = [draw_caption(c, 0.8 * v) for c, v in zip(b.captions, u, strict=True)]
         end = read_captions(self.tokenizer, self.text, captions)[:, -1]  # padded with the end token
         same = torch.tensor([[one == other for other in captions] for one in captions]).to(end)

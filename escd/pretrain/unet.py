@@ -1,15 +1,14 @@
-"""Stage 4 of pretraining: the UNet of `mini`, and with it the attribute filters, under frozen towers (Eq. 2).
+"""Stage 4 of pretraining: the UNet of `mini` and the attribute filters, with frozen towers (Eq. 2).
 
-Captions have a word for twelve outlines and six patterns. A UNet that has read nothing else has no use for a
-pseudo-word that stands for a thirteenth, however well a filter describes it. So part of every step is
-cross-image pairs: a filter reads a reference that shares only its shape (or only its appearance) with the
-picture to be denoised, its pseudo-word stands in the caption, and UNet and filters learn from the one error,
-as E4T's encoder and weight offsets do (Gal et al. 2023). A large text-to-image model has read enough captions
-to do without.
+Captions name twelve outlines and six patterns. A UNet trained on captions alone cannot use a pseudo-word for
+a thirteenth. So part of every batch is cross-image pairs: a filter reads a reference that shares only its
+shape (or only its appearance) with the image to be denoised, the pseudo-word stands in the caption, and UNet
+and filters learn from the same error, as E4T's encoder and weight offsets do (Gal et al. 2023).
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,6 @@ from ..data.names import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
 from ..data.world import World
 from ..method.attributes import ATTRIBUTES
 from ..method.encoder import extract_features
-from .autoencoder import LATENT_CHANNELS
 from .diffusion_loss import DiffusionLoss, Step, rank_and_count
 from .loop import LoopConfig
 from .networks import grow_unet, make_scheduler, make_unet
@@ -50,28 +48,30 @@ from .pairs import (
 )
 from .towers import load_text_tower
 
-CAPTION_DROPOUT = 0.1
-# Encoding a picture costs a fifth of a training step on the CPU; each latent is used about this many times,
-# with new noise, a new timestep and a new caption.
+PROMPT_DROPOUT = 0.1
+OLD_CHANNELS = "old_channels"  # key of the training record and of the stage's state
+# How often each latent is used, with new noise, timestep and caption: on a CPU, encoding an image costs a
+# fifth of a training step.
 REUSE = {"cpu": 4, "cuda": 4, "mps": 2}
-BANK, BEGUN = 8_192, 512  # pictures kept for that, and painted before the first step; multiples of QUARTET
-RINGS = ("latents", "outlines", "materials", "features")  # what is kept of each of them as a row
-# Share of the pictures whose shape, and whose appearance, has a name: only these teach the prompt's words.
-# The rest keeps the UNet able to draw what has no name, which is what a person brings. Twelve outlines are
-# soon known by name; the patterns come last.
+# Images kept for reuse, and rendered before the first step; multiples of QUARTET.
+BANK, BEGUN = 8_192, 512
+RINGS = ("latents", "outlines", "materials", "features")  # ring buffers with a row for each of these images
+# Shares of images whose shape, and whose appearance, has a name: these teach the prompt's words, the others
+# teach the UNet to draw what has no name, as a person's reference. Patterns take longer than outlines.
 NAMED_SHAPES, NAMED_APPEARANCES = 0.3, 0.65
-# Share of a step's pictures under a caption with "*m", with "*a", and with both; the rest has plain captions.
+# Shares of a batch whose caption holds "*m", "*a", and both; the rest has plain captions.
 WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH = 0.3125, 0.1875, 0.125
 
 
 class UNetStage:
+    """Trains the UNet beside the autoencoder, text tower and image tower in `folder`, and its filters."""
+
     name = "unet"
     loop = LoopConfig(
         images=420_000, batch_size=64, learning_rate=8e-4, warmup=0.015, decay=0.8, ema_decay=0.999
     )
 
-    # Of a step's pictures: under "*m", "*a" and both; and where in its four the picture lies that is read for
-    # each of the two.
+    # `partners`: where in its quartet the reference for "*m" and for "*a" lies, relative to the image.
     shares = (WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH)
     partners = (SAME_SHAPE, SAME_APPEARANCE)
 
@@ -81,7 +81,7 @@ class UNetStage:
         channels = AutoencoderKL.load_config(folder / "vae")["latent_channels"]
         self.module = DiffusionLoss(lambda unet: self._frozen(folder, unet), channels)
         self.backbone = self.module.backbone
-        # A graph of kernels gains nothing by being compiled.
+        # Compiling gains nothing where a CUDA graph is used.
         _, several = rank_and_count()
         self.heavy = [self.module.unet] if device.type != "cuda" or several > 1 else []
         self.workers = max(1, (os.cpu_count() or 2) // several - 1) if device.type == "cuda" else 0
@@ -93,7 +93,7 @@ class UNetStage:
         )
         self.reuse = REUSE[device.type]
         self.generator = torch.Generator().manual_seed(13)
-        # The ring of pictures: what of them is used again, row by row.
+        # The ring buffers, filled by `_paint`.
         self.latents = torch.empty(BANK, *self.backbone.latent_shape, device=device)
         self.outlines = torch.empty(BANK, OUTLINE**2, device=device)
         self.materials = torch.empty(BANK, MATERIAL, device=device)
@@ -105,7 +105,7 @@ class UNetStage:
         self.fixed = (self._encode(b.image), [c[0] for c in b.captions])
 
     def _frozen(self, folder: Path, unet: UNet2DConditionModel) -> Backbone:
-        """The backbone around a UNet in training: everything else of it is frozen."""
+        """A backbone with the UNet in training; its other networks are frozen."""
         vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
         tower = ImageTower.from_pretrained(folder / "image_tower", torch_dtype=torch.float32)
         return Backbone(
@@ -126,25 +126,39 @@ class UNetStage:
             return extract_features(self.backbone, images, seed=seed, x_0=x_0).float()
 
     def load(self, folder: Path) -> None:
+        """Take an exported UNet and its filters; the UNet grows to the autoencoder's latent channels.
+
+        Its own channels are the old ones; those of a grown UNet are in the record beside it (`facts`).
+        """
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
-        latents = self.module.unet.config.in_channels
-        if unet.config.in_channels < latents:
-            unet = grow_unet(unet, latents)
+        old, channels = unet.config.in_channels, self.module.unet.config.in_channels
+        if old < channels:
+            unet = grow_unet(unet, channels)
+        else:
+            record = json.loads((folder / "training.json").read_text())[self.name]
+            old = record.get(OLD_CHANNELS, old)
         self.module.unet.load_state_dict(unet.state_dict())
-        if latents > LATENT_CHANNELS:
-            self.module.grown(LATENT_CHANNELS)
+        self.module.set_old_channels(old)
         self.module.load(folder)
 
+    def facts(self) -> dict[str, int]:
+        """The number of latent channels that were not added to a grown UNet."""
+        old = self.module.old_channels
+        return {OLD_CHANNELS: old} if old < self.module.unet.config.in_channels else {}
+
     def state_dict(self) -> dict[str, Any]:
-        """The ring of pictures, and where the random numbers and the painting stand."""
+        """The ring buffers, their captions, the counts of rendered images and the random generator."""
         filled = min(self.painted, BANK)
         rings = {name: getattr(self, name)[:filled].clone() for name in RINGS}
         counts = {name: getattr(self, name) for name in ("painted", "steps", "first", "taken")}
         return {
-            **rings, **counts, "captions": self.captions[:filled], "generator": self.generator.get_state()
+            **rings, **counts, "captions": self.captions[:filled], "generator": self.generator.get_state(),
+            OLD_CHANNELS: self.module.old_channels,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.module.set_old_channels(state[OLD_CHANNELS])
         for name in ("painted", "steps", "first", "taken"):
             setattr(self, name, state[name])
         filled, width = state["features"].shape[0], state["features"].shape[1:]
@@ -154,20 +168,20 @@ class UNetStage:
             getattr(self, name)[:filled] = state[name].to(self.device)
         self.captions[:filled] = state["captions"]
         self.generator.set_state(state["generator"])
-        self.portions = None  # painted on from where they were
+        self.portions = None  # workers restart after `taken` portions
 
     def _pictures(self, first: int, count: int) -> tuple[Tensor, Tensor, list[tuple[list[str], ...]]]:
-        """So many new pictures, their masks and captions.
+        """New images (N, 3, S, S), their masks (N, 1, S, S) and captions.
 
-        On the CPU those from number `first` on. For a GPU workers paint ahead, one portion after the other
-        from the training's first picture on, and `count` is rounded up to whole ones.
+        On a CPU: numbers `first` ... `first` + `count` - 1. For a GPU, workers render portions in advance,
+        from the training's first image on, and `count` is rounded up to whole portions.
         """
         if not self.workers:
             b = quartets(self.world, torch.arange(first, first + count))
             return b.image.to(self.device), b.mask.to(self.device), pair_captions(b)
         if self.portions is None:
             pictures = Pictures(self.world, self.first, *rank_and_count(), self.taken)
-            # A generator of its own, for it draws a number for its workers whenever it begins.
+            # The loader draws a seed for its workers: not from the generator that training draws from.
             self.portions = iter(
                 DataLoader(
                     pictures, None, num_workers=self.workers, collate_fn=tuple, prefetch_factor=4,
@@ -181,30 +195,31 @@ class UNetStage:
         return images, masks, [each for some in captions for each in some]
 
     def _paint(self, first: int, count: int) -> int:
+        """Put new images into the ring buffers, over the oldest ones; returns how many."""
         image, mask, captions = self._pictures(first, count)
         x_0 = self._encode(image)
         features = self._features(image, x_0, first)
         if not len(self.features):
             self.features = torch.empty(BANK, features.shape[1], dtype=torch.half, device=self.device)
             for learnt in self.module.filters.values():
-                if (learnt.deviation == 1).all():  # never told
+                if (learnt.deviation == 1).all():  # not standardised yet
                     learnt.standardise(features)
         rows = (self.painted + torch.arange(len(image))) % BANK
         self.latents[rows], self.features[rows] = x_0, features.half()
         self.outlines[rows], self.materials[rows] = outlines(mask), materials(image, mask)
-        for row, said in zip(rows.tolist(), captions, strict=True):
-            self.captions[row] = said
+        for row, of_image in zip(rows.tolist(), captions, strict=True):
+            self.captions[row] = of_image
         self.painted += len(image)
         return len(image)
 
     def batch(self, first: int, count: int) -> Step:
+        """A batch from the ring buffers: some new images, the others drawn at random."""
         fresh = max(QUARTET, count // self.reuse // QUARTET * QUARTET)
-        if self.workers:  # a GPU encodes many pictures as fast as a few
+        if self.workers:  # a GPU encodes a large batch as fast as a small one
             fresh, self.steps = 0 if self.steps % self.reuse else count, self.steps + 1
         if not self.painted:
             self.first = first - rank_and_count()[0] * count  # that of process 0
-            # These also set what the filters take for the mean and the deviation of a feature.
-            fresh = BEGUN
+            fresh = BEGUN  # also gives the filters the mean and deviation of each feature
         if fresh:
             fresh = self._paint(first, fresh)
         new = (self.painted - fresh + torch.arange(min(fresh, count))) % BANK
@@ -213,40 +228,41 @@ class UNetStage:
         return self._step(rows, torch.rand(count, 2, generator=self.generator).tolist())
 
     def _step(self, rows: Tensor, u: list[list[float]]) -> Step:
+        """The batch of these rows of the ring buffers; u: random numbers (N, 2) for dropout and captions."""
         count = len(rows)
         shape, appearance, both = (max(1, round(count * share)) for share in self.shares)
         plain = count - shape - appearance - both
         kinds = [0] * plain + [1] * shape + [2] * appearance + [3] * both
         prompts = [
-            "" if not kind and drop < CAPTION_DROPOUT else draw_caption(self.captions[row][kind], pick)
+            "" if not kind and drop < PROMPT_DROPOUT else draw_caption(self.captions[row][kind], pick)
             for row, kind, (drop, pick) in zip(rows.tolist(), kinds, u, strict=True)
         ]
         m = torch.cat([rows[plain : plain + shape], rows[count - both :]])
         a = rows[plain + shape :]
-        told = torch.randint(0, min(self.painted, BANK), (PROBED,), generator=self.generator)
+        probed = torch.randint(0, min(self.painted, BANK), (PROBED,), generator=self.generator)
         return Step(
             x_0=self.latents[rows],
             prompts=prompts,
             shape=shape,
             appearance=appearance,
             both=both,
-            shape_from=self.features[m ^ self.partners[0]].float(),
-            appearance_from=self.features[a ^ self.partners[1]].float(),
-            told_from=self.features[told].float(),
-            outline=self.outlines[told],
-            material=self.materials[told],
+            shape_ref=self.features[m ^ self.partners[0]].float(),
+            appearance_ref=self.features[a ^ self.partners[1]].float(),
+            probe_ref=self.features[probed].float(),
+            outline=self.outlines[probed],
+            material=self.materials[probed],
         )
 
     def evaluate(self) -> dict[str, float]:
-        """The mean squared error on fixed pictures, noise and timesteps: comparable along the run.
+        """Mean squared error on fixed images, noise and timesteps.
 
-        `mse`, `mse_noisy`: under plain captions, over all timesteps and over the noisier half; `shape`,
-        `appearance`: under captions whose pseudo-word the filter read off another picture; all of the latent
-        channels that were not added, and `_added` of those that were.
+        `mse`, `mse_noisy`: plain captions, over all timesteps and over the noisier half; `shape`,
+        `appearance`: captions with the pseudo-word of another image. All over the old latent channels; the
+        keys that end in `_added` are over the added ones.
         """
-        x_0, captions = self.fixed
+        old, (x_0, captions) = self.module.old_channels, self.fixed
         errors = self._errors(x_0, self.backbone.encode_prompt(captions))
-        error, added = errors[:, : self.module.old].mean(1), errors[:, self.module.old :]
+        error, added = errors[:, :old].mean(1), errors[:, old:]
         noisy = error[len(error) // 2 :]
         scores = {"mse": float(error.mean()), "mse_noisy": float(noisy.mean())}
         if added.numel():
@@ -254,33 +270,33 @@ class UNetStage:
         b = quartets(self.unseen, torch.arange(1 << 20, (1 << 20) + 256, device=self.device))
         x_0 = self._encode(b.image)
         read = self._features(b.image, x_0, 0)
-        rows, said = torch.arange(len(x_0)), pair_captions(b)
+        rows, by_image = torch.arange(len(x_0)), pair_captions(b)
         for kind, (name, turned) in enumerate((("shape", SAME_SHAPE), ("appearance", SAME_APPEARANCE)), 1):
             attribute = ATTRIBUTES[name]
             v = self.module.filters[name](read[rows ^ turned], self.backbone.word_embedding(attribute.word))
-            prompts = [captions[kind][0] for captions in said]
+            prompts = [captions[kind][0] for captions in by_image]
             errors = self._errors(x_0, self.backbone.encode_prompt(prompts, {attribute.token: v.float()}))
-            scores[name] = float(errors[:, : self.module.old].mean())
+            scores[name] = float(errors[:, :old].mean())
             if added.numel():
-                scores[f"{name}_added"] = float(errors[:, self.module.old :].mean())
+                scores[f"{name}_added"] = float(errors[:, old:].mean())
         return {name: round(score, 5) for name, score in scores.items()}
 
     def _errors(self, x_0: Tensor, text: Tensor) -> Tensor:
-        """Squared error (N, C) of fixed noise at timesteps spread evenly over the schedule."""
+        """Squared error (N, C) with fixed noise, at timesteps spread evenly over the schedule."""
         scheduler = self.module.scheduler
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)
         t = torch.linspace(0, 999, len(x_0)).round().long().to(x_0.device)
         x_t, target = scheduler.add_noise(x_0, noise, t), target_of(scheduler, x_0, noise, t)
-        # forward: a compiled UNet would be compiled again for this batch
+        # `forward` is not compiled: this batch size would compile a compiled UNet again
         predicted = [
             self.module.unet.forward(x_t[k], t[k], text[k]).sample for k in torch.arange(len(x_0)).split(64)
         ]
         return (torch.cat(predicted).float() - target).square().mean((2, 3))
 
     def sample(self, text: Tensor) -> Tensor:
-        """Images (N, 3, 64, 64) in [-1, 1] under text (N, L, D): 15 steps of DDIM, guidance 4, seed 0.
+        """Images (N, 3, 64, 64) in [-1, 1] for text (N, L, D): 15 steps of DDIM, guidance 4, seed 0.
 
-        Not by `ESCDPipeline`, which would compile a compiled UNet again for another batch.
+        Without `ESCDPipeline`, whose batch size would compile a compiled UNet again.
         """
         scheduler = make_scheduler()
         scheduler.set_timesteps(15)
@@ -293,7 +309,7 @@ class UNetStage:
         return self.backbone.decode_latents(x)
 
     def grid(self, path: Path) -> None:
-        """Rows: prompts with names; references; their shapes and their appearances at zero steps."""
+        """Rows: named prompts; references; their shapes and their appearances at zero tuning steps."""
         prompts = [
             f"a {SHAPES[k % 12]} shape with {PATTERNS[k % 6]} {COLOURS[k % 8]}"
             f"{'' if k % 6 == 0 else ' and ' + COLOURS[(k + 3) % 8]} appearance "
@@ -317,6 +333,7 @@ class UNetStage:
         save_image(torch.cat(images) * 0.5 + 0.5, path, nrow=12)
 
     def export(self, folder: Path) -> None:
+        """Write UNet and filters in half precision, and the scheduler."""
         unet = make_unet(self.module.unet.config.in_channels)
         unet.load_state_dict(self.module.unet.state_dict())
         unet.half().save_pretrained(folder / "unet")

@@ -1,10 +1,9 @@
-"""Stage 2 of pretraining: the text tower learns to tell what a caption says.
+"""Stage 2 of pretraining: the text tower learns to classify captions.
 
-A contrastive loss alone teaches a small text tower only the words that its image tower can see; a first run
-left the names of shapes a tenth as far apart as those of colours, and the UNet could not tell a star from a
-heart. Captions say by themselves which shape, pattern, colours and background they name, so the tower learns
-that first, from captions without pictures: at its end token, from where the image tower is then trained (see
-`towers`), and, so that no position forgets its own word, at every token. The heads are thrown away.
+Trained with a contrastive loss alone, a small text tower hardly separates the names of shapes
+(docs/notes/2026-11-25-towers.md). Each caption is its own label: which shape, pattern, colours and background
+it names. The tower predicts these at its end token, which the image tower is then trained against (`towers`),
+and each token at its own position. The heads are not exported.
 """
 
 from __future__ import annotations
@@ -17,22 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
+from ..backbone.folder import save_text_encoder
 from ..data.captions import captions_of, draw_caption
 from ..data.names import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
 from ..data.random import CounterRNG
 from .loop import LoopConfig
-from .towers import MODEL, WIDTH, save_text_tower, save_tokenizer, text_tower
+from .towers import MODEL, WIDTH, save_tokenizer, text_tower
 from .vocabulary import make_tokenizer
 
 GROUNDS = (*BACKGROUNDS, "plain", "gradient", "cluttered")
-FULL = 0.8  # below this, `draw_caption` picks a form that says everything
+FULL = 0.8  # below this, `draw_caption` picks a form that names everything
 
 
 def draw_captions(draws: CounterRNG) -> tuple[list[str], dict[str, Tensor]]:
-    """A caption for each of N draws, and what it says.
+    """A caption for each of N draws, and its labels.
 
     "shape" (N,) and "pattern" (N,), the last class being "no name"; "ground" (N,) index into GROUNDS;
-    "colours" (N, 8) bool; "full" (N,) bool: does the caption say all of these.
+    "colours" (N, 8) bool; "full" (N,) bool: whether the caption names all of these.
     """
     shape = draws.choose("shape", [1.0] * len(SHAPES) + [6.0])
     pattern = draws.choose("pattern", [1.0] * len(PATTERNS) + [3.0])
@@ -59,7 +59,7 @@ def draw_captions(draws: CounterRNG) -> tuple[list[str], dict[str, Tensor]]:
 
 
 class WordLoss(nn.Module):
-    """What the end token says of a full caption, and what each token says of itself."""
+    """Classification of full captions at the end token, and of each token at its own position."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class WordLoss(nn.Module):
             open_clip.CLIPVisionCfg(**MODEL["vision_cfg"]),
             open_clip.CLIPTextCfg(vocab_size=vocabulary, **MODEL["text_cfg"]),
         )
-        self.clip.visual = None  # this stage sees no picture
+        self.clip.visual = None  # this stage uses no images
         for unused in (self.clip.text_projection, self.clip.logit_scale):
             unused.requires_grad_(False)
         sizes = {"shape": len(SHAPES) + 1, "pattern": len(PATTERNS) + 1, "ground": len(GROUNDS)}
@@ -97,6 +97,8 @@ class WordLoss(nn.Module):
 
 
 class WordStage:
+    """Trains the text tower and its vocabulary from captions."""
+
     name = "words"
     loop = LoopConfig(images=100_000, batch_size=256, learning_rate=1e-3, decay=0.7)  # of captions
 
@@ -117,7 +119,7 @@ class WordStage:
         return self._batch(15, first, count)
 
     def evaluate(self) -> dict[str, float]:
-        """Losses on captions that were not learnt from, and how far apart names of a kind are."""
+        """Losses on held-out captions, and the spread of the names of each kind in the end token."""
         scores = {name: round(float(value), 5) for name, value in self.module(self.fixed)[1].items()}
         for kind, names in (("shape", SHAPES), ("colour", COLOURS), ("background", BACKGROUNDS)):
             captions = [f"a {n} shape with solid {n} appearance on a {n} background" for n in names]
@@ -127,10 +129,10 @@ class WordStage:
         return scores
 
     def grid(self, path: Path) -> None:
-        """How alike the words' embeddings are: one row and one column a word of the vocabulary."""
+        """Cosine similarities of the token embeddings: a row and a column for each token."""
         table = F.normalize(self.module.clip.token_embedding.weight.float(), dim=-1)
         save_image((table @ table.T)[None] / 2 + 0.5, path)
 
     def export(self, folder: Path) -> None:
-        save_text_tower(text_tower(self.module.clip, self.tokenizer).half(), folder / "text_encoder")
+        save_text_encoder(text_tower(self.module.clip, self.tokenizer).half(), folder / "text_encoder")
         save_tokenizer(self.tokenizer, folder / "tokenizer")
