@@ -11,7 +11,7 @@ from escd.data.world import World
 from escd.evaluation import answers, judges, measure
 from escd.evaluation.answers import IGNORED, accuracies, still_clear, targets_of
 from escd.evaluation.judges import HEADS, Judge, Judgement, Judges, load_judges, obeyed
-from escd.evaluation.references import named_outlines
+from escd.evaluation.silhouettes import named_outlines
 from escd.pretrain import judges as training
 from escd.pretrain import loop
 

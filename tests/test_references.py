@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from escd.data import foreground
-from escd.evaluation import measure, references
+from escd.evaluation import measure, references, silhouettes
 from escd.evaluation.references import LISTS, REAL_LISTS, compose_reference, load_references
 
 
@@ -22,7 +22,8 @@ def test_a_bundled_list(which):
     alike = measure.iou_matrix(listed.silhouette_masks, listed.silhouette_masks).fill_diagonal_(0)
     assert alike.max() <= references.TOO_ALIKE
     assert (
-        measure.iou_matrix(listed.silhouette_masks, references.named_outlines()).max() <= references.TOO_ALIKE
+        measure.iou_matrix(listed.silhouette_masks, silhouettes.named_outlines()).max()
+        <= references.TOO_ALIKE
     )
     for reference in listed:
         assert reference.image.shape == (3, 64, 64) and reference.image.abs().max() <= 1
@@ -93,8 +94,8 @@ def test_unknown_names():
 
 
 def test_a_changed_input_is_refused(monkeypatch):
-    glyph = references._glyph_contours
-    monkeypatch.setattr(references, "_glyph_contours", lambda codepoint: [c + 1 for c in glyph(codepoint)])
+    glyph = silhouettes.glyph_contours
+    monkeypatch.setattr(references, "glyph_contours", lambda codepoint: [c + 1 for c in glyph(codepoint)])
     with pytest.raises(ValueError, match="not what the list was made from"):
         load_references(count=11)
 
@@ -122,7 +123,7 @@ def test_a_folder(tmp_path):
     every = torch.cat([load_references(which=which).silhouette_masks for which in LISTS])
     write_folder(tmp_path, every[:22])
     # A circle is no unseen outline, and of one category one file is taken.
-    circle = references.named_outlines()[0].numpy().astype(np.uint8) * 255
+    circle = silhouettes.named_outlines()[0].numpy().astype(np.uint8) * 255
     Image.fromarray(circle).save(tmp_path / "silhouettes" / "a-circle.png")
     Image.fromarray(circle[::-1]).save(tmp_path / "silhouettes" / "thinga7.png")
     listed = load_references(tmp_path)

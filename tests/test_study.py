@@ -20,7 +20,8 @@ from escd.evaluation.configs import (
 )
 from escd.evaluation.judges import Judge, Judges
 from escd.evaluation.prompts import prompts_for
-from escd.evaluation.references import load_references, named_outlines
+from escd.evaluation.references import load_references
+from escd.evaluation.silhouettes import named_outlines
 from escd.loading import load_backbone
 from escd.method.config import TuningConfig
 

@@ -11,7 +11,7 @@ from ..data.names import BACKGROUND_RGB, BACKGROUNDS, COLOUR_RGB, COLOURS, NONE,
 from ..data.world import Batch
 from . import measure
 from .judges import HEADS, Judgement
-from .references import named_outlines
+from .silhouettes import named_outlines
 
 IGNORED = -100  # the target of an ambiguous label
 # Rules of what is ambiguous.

@@ -1,4 +1,4 @@
-"""How the lists of real silhouettes and real materials were chosen: by a rule, not by hand.
+"""The rule that chooses the lists of real silhouettes and real materials.
 
 `python -m escd.evaluation.lists FOLDER` reads `FOLDER/silhouettes`, `FOLDER/pierced` (PNG, white on black,
 128 px) and `FOLDER/materials` (WebP, 128 px tiles) and writes `real.json` and `real-development.json` into
@@ -6,15 +6,15 @@
 
 Files are taken in the order of a hash of their names, one a category, where they pass:
 
-- A material has a texture that a 64 px picture can show: its lightness deviates by at least `CONTRAST`.
+- A material has a texture that is visible at 64 px: the deviation of its lightness is at least `CONTRAST`.
 - A material is stationary: the spectrum of its lightness is nearly the same in the four 64 px quarters of the
   tile (`UNSTEADY`), and so is its mean lightness (`DRIFT`).
 - Materials of one list are distinct: their spectra differ by at least `APART`.
-- A silhouette covers at least `LEAST_AREA` of the picture, or its material could not be seen. It is not like
+- A silhouette covers at least `LEAST_AREA` of the picture, so that its material is visible. It is not like
   another of the two lists, and not like a named shape of the world (`references.TOO_ALIKE`). One that is not
   from `pierced` has no holes (`MOST_HOLES`).
 
-The development list takes the categories that the evaluation list left first, then other files of the rest.
+The development list takes categories that the evaluation list does not have, then other files of the rest.
 """
 
 from __future__ import annotations
@@ -43,25 +43,23 @@ from .references import (
     REAL_LISTS,
     TOO_ALIKE,
     category,
-    fit_silhouette,
     in_order,
-    named_outlines,
     open_tile,
-    resized,
 )
+from .silhouettes import fit_silhouette, named_outlines, resized
 
 PIERCED_COUNT = 7  # of the CANDIDATES silhouettes of a list: a third
-CONTRAST = 1.75  # CIELAB lightness: standard deviation inside a quarter, averaged over the quarters
+CONTRAST = 1.75  # CIELAB lightness: standard deviation of a quarter, averaged over the quarters
 UNSTEADY = 0.45  # mean difference of a quarter's log band energies from the tile's mean
 DRIFT = 0.3  # deviation of the quarters' mean lightness, as a share of the contrast
 APART = 0.55  # mean difference of two materials' log band energies
 LEAST_AREA = 0.12  # share of the picture
 MOST_HOLES = 0.02  # share of the filled outline
 
-# Bands of the spectrum: octaves (cycles a pixel) in four directions.
+# Bands of the spectrum: octaves (cycles per pixel) in four sectors of directions.
 OCTAVES = (1 / 40, 1 / 16, 1 / 8, 1 / 4, 1 / 2**0.5)
 SECTORS = 4
-NOISE = 0.02  # squared CIELAB lightness: less than this in a band is nothing
+NOISE = 0.02  # squared CIELAB lightness: less energy than this in a band counts as none
 
 
 def quarters(tile: Tensor) -> np.ndarray:
@@ -106,7 +104,7 @@ def apart(spectrum: np.ndarray, others: Iterable[np.ndarray]) -> bool:
 
 
 def filled(mask: Tensor) -> bool:
-    """Whether a silhouette (SIZE, SIZE) has no holes worth the name."""
+    """Whether the holes of a silhouette (SIZE, SIZE) are at most MOST_HOLES of it."""
     solid = mask.numpy() > 0.5
     return bool(ndimage.binary_fill_holes(solid).sum() <= (1 + MOST_HOLES) * solid.sum())
 

@@ -1,7 +1,7 @@
-"""What is in a picture: its silhouette, the look of what is inside, and how near both are to a reference.
+"""Measures without learned parameters: IoU of silhouettes, distances of appearances, retrieval, intervals.
 
-Images are float tensors (N, 3, H, W) in [-1, 1]; masks are (N, H, W), true (or 1) on the object. Nothing
-here is learned; the judges of named attributes are in `escd.evaluation.judges`.
+Images are float tensors (N, 3, H, W) in [-1, 1]; masks are (N, H, W), true (or 1) on the object. The learned
+judges of named attributes are in `escd.evaluation.judges`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..data.foreground import inner, to_lab
 
-CANVAS = 72  # px: silhouettes are compared on this square,
-AREA = 1 / 7  # scaled to cover this share of it (a bar seven times longer than wide still fits)
+CANVAS = 72  # px: side of the square on which silhouettes are compared
+AREA = 1 / 7  # share of it that they are scaled to cover (a bar seven times longer than wide still fits)
 MOST_ROTATION = 40  # degrees
 STEP = 4  # degrees between the rotations tried first
 REFINED = (2, 1)  # degrees either side of the best that are tried next
@@ -29,8 +29,8 @@ REFINED = (2, 1)  # degrees either side of the best that are tried next
 def aligned_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of silhouettes (N, H, W) and (N, H, W), aligned: (N,) in [0, 1].
 
-    Both are centred on their centroids and scaled to equal area, and turned against each other by at most 40
-    degrees. Symmetric: half of the rotation falls on each. An empty mask scores 0.
+    Both are centred on their centroids, scaled to equal area, and rotated against each other by at most 40
+    degrees for the best IoU. Symmetric: each takes half of the rotation. An empty mask scores 0.
     """
     return _best_iou(a, b, paired=True)
 
@@ -38,7 +38,7 @@ def aligned_iou(a: Tensor, b: Tensor) -> Tensor:
 def iou_matrix(a: Tensor, b: Tensor, *, refined: Sequence[int] = REFINED) -> Tensor:
     """`aligned_iou` of every silhouette of a (N, H, W) with every one of b (M, H, W): (N, M).
 
-    Without `refined` steps the rotation is known to `STEP` / 2 degrees, at a fraction of the time.
+    Without `refined` steps the rotation is exact to `STEP` / 2 degrees, and the time is much shorter.
     """
     return _best_iou(a, b, paired=False, refined=refined)
 
@@ -74,7 +74,7 @@ def _best_iou(a: Tensor, b: Tensor, paired: bool, refined: Sequence[int] = REFIN
 
 
 def canonical(masks: Tensor) -> Tensor:
-    """Silhouettes (N, H, W) as they are compared, not turned: (N, CANVAS, CANVAS), centred, of one area."""
+    """Silhouettes (N, H, W) in the form that is compared: (N, CANVAS, CANVAS), centred, of one area."""
     return _canonical(masks.float(), 0.0).view(-1, CANVAS, CANVAS)
 
 
@@ -111,27 +111,27 @@ def _canonical(masks: Tensor, angle: Tensor | float, which: Tensor | None = None
 LEVELS = 33  # quantiles a distribution is described by
 QUANTILES = np.linspace(0.02, 0.98, LEVELS)
 SCALES = (0.7, 1.4, 2.8)  # px at 64 px: standard deviations of the texture filters
-# What one unit of texture distance is worth in CIELAB units: the weight that retrieves best on the
-# development list, blurred and not. Two unlike materials differ by about 20 in colour and 0.09 in texture.
+# CIELAB units per unit of texture distance: the weight of the best retrieval on the development list, blurred
+# and not. Two random materials differ by about 20 in colour and 0.09 in texture.
 TEXTURE_WEIGHT = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Appearance:
-    """What a material looks like inside a mask, whatever the mask's outline."""
+    """Colour and texture over a mask, independent of the mask's outline."""
 
     colour: np.ndarray  # (directions, LEVELS): quantiles of CIELAB projected on fixed directions
     texture: np.ndarray  # (responses, LEVELS): quantiles of filter responses to normalised lightness
 
 
 def appearance_of(image: Tensor, mask: Tensor) -> Appearance:
-    """Appearance of an image (3, H, W) inside a mask (H, W); ValueError for an empty mask.
+    """Appearance of an image (3, H, W) over a mask (H, W); ValueError for an empty mask.
 
-    Colour is the distribution of CIELAB seen from 16 directions. Texture is the distribution of the
-    responses of isotropic filters at three scales (difference of Gaussians, gradient magnitude, and how far
-    the local gradients agree in direction) to lightness less its mean, over its deviation: colour does not
-    enter. What lies outside the mask is replaced by its nearest inner pixel, so that the outline is no
-    texture.
+    Colour is the distribution of CIELAB, projected on 16 directions. Texture is the distribution of the
+    responses of isotropic filters at three scales (difference of Gaussians, gradient magnitude, and coherence
+    of the gradients' direction) to lightness, normalised by its mean and deviation, so colour has no
+    influence. Pixels outside the mask take the value of the nearest inner pixel, so the outline has no
+    influence either.
     """
     lab = to_lab(image[None])[0]
     within = inner(mask.detach().cpu().numpy() > 0.5)
@@ -154,7 +154,7 @@ def appearance_of(image: Tensor, mask: Tensor) -> Appearance:
 
 
 def colours_of(lab: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Quantiles of CIELAB (H, W, 3) inside a mask, seen from fixed directions: (directions, LEVELS)."""
+    """Quantiles of CIELAB (H, W, 3) over a mask, projected on fixed directions: (directions, LEVELS)."""
     return np.quantile(lab[mask] @ _directions().T, QUANTILES, axis=0).T.astype(np.float32)
 
 
@@ -177,7 +177,7 @@ def texture_distance(a: Appearance, b: Appearance) -> float:
 
 
 def appearance_distance(image_a: Tensor, mask_a: Tensor, image_b: Tensor, mask_b: Tensor) -> dict[str, float]:
-    """Colour, texture and combined distance between what two masks (H, W) hold of two images (3, H, W).
+    """Colour, texture and combined distance between two images (3, H, W), each over its mask (H, W).
 
     `combined` = colour + TEXTURE_WEIGHT * texture: candidates are ranked by it.
     """
@@ -190,7 +190,7 @@ def appearance_distance(image_a: Tensor, mask_a: Tensor, image_b: Tensor, mask_b
 
 
 def combined_distance(a: Appearance, b: Appearance) -> float:
-    """Colour plus weighted texture distance, in CIELAB units: what candidates are ranked by."""
+    """Colour plus weighted texture distance, in CIELAB units; candidates are ranked by it."""
     return colour_distance(a, b) + TEXTURE_WEIGHT * texture_distance(a, b)
 
 
@@ -198,7 +198,10 @@ T = TypeVar("T")
 
 
 def retrieval(score: Callable[[T, T], float], query: T, candidates: Sequence[T]) -> int:
-    """Index of the candidate with the highest score against the query (the first of equals)."""
+    """Index of the candidate with the highest score against the query (the first of equals).
+
+    Raises ValueError without candidates.
+    """
     if not candidates:
         raise ValueError("there is nothing to retrieve from")
     return int(np.argmax([score(query, candidate) for candidate in candidates]))
@@ -206,7 +209,7 @@ def retrieval(score: Callable[[T, T], float], query: T, candidates: Sequence[T])
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean and the 95 % interval its bootstrap gives."""
+    """A mean and its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -222,7 +225,7 @@ def paired_bootstrap(
 ) -> Interval:
     """Mean of a - b with its 95 % percentile interval over `n` resamples of the pairs.
 
-    With `groups` (one label a pair: its reference) whole groups are resampled, since prompts of one
+    With `groups` (one label per pair: its reference) whole groups are resampled, because prompts of one
     reference are not independent. Raises ValueError for lists of different or no length.
     """
     difference = np.asarray(a, float) - np.asarray(b, float)

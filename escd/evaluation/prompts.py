@@ -14,7 +14,8 @@ from ..data import foreground
 from ..data.captions import with_article
 from ..data.names import BACKGROUNDS, COLOUR_RGB, COLOURS, PATTERNS, SHAPES
 from . import measure
-from .references import Reference, named_outlines
+from .references import Reference
+from .silhouettes import named_outlines
 
 PROMPTS = 4  # per reference, one image each
 NEAR_COLOUR = 30.0  # CIELAB: a named colour nearer than this to a tenth of a material counts as its own

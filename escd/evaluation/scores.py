@@ -19,7 +19,8 @@ from ..method.pipeline import ESCDPipeline
 from . import measure, texture
 from .judges import Judges, load_judges, obeyed
 from .prompts import Prompt, named_prompts
-from .references import Reference, References, compose_reference, named_outlines
+from .references import Reference, References, compose_reference
+from .silhouettes import named_outlines
 
 BATCH = 16  # images generated at once; results are bit-exact for equal batch shapes only
 SCORES = (

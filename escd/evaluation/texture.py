@@ -1,9 +1,9 @@
-"""An appearance as two numbers: its texture, without its colour, and its colour, without its texture.
+"""Distances of texture without colour, and of colour without texture.
 
-Texture is read from lightness alone, less its mean. A candidate material is seen through the picture's own
-mask, at several places of its tile, and the nearest of these counts: what the outline does to a spectrum it
-does to both. No place is the one the reference was cut from, so a texture has to be alike, not the same.
-Only materials that are larger than a reference (`Material.whole`) can be scored.
+Texture is measured on lightness alone, less its mean. A candidate material is cut out with the image's own
+mask, at several places of its tile, and the nearest of these counts; so the outline affects both spectra
+equally. The reference is cut from none of these places, so a copy of its pixels has no advantage over the
+same texture. Only materials that are larger than a reference (`Material.whole`) can be scored.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from . import measure
 WAVELENGTHS = (3.0, 5.0, 9.0, 16.0)  # px at 64 px: centres of the bands
 ORIENTATIONS = 4
 WIDTH = 0.5  # octaves: standard deviation of a band
-# Share of the darkest and of the lightest pixels that are clipped: where a mask takes in a little of the
-# background, those few pixels would have more energy than a faint texture.
+# Share of the darkest and of the lightest pixels that are clipped: a few pixels of background in the mask
+# would have more energy than a faint texture.
 CLIPPED = 0.03
-# Squared CIELAB lightness: an energy much below these is a plain surface.
+# Squared CIELAB lightness: a surface of much less energy counts as plain.
 LEAST_ENERGY, LEAST_BAND, LEAST_VARIANCE = 0.1, 0.3, 1.0
-# What the parts of a texture weigh: the logarithm of the energy of each band and direction, the skewness and
-# kurtosis of lightness, and of each band. The weights that retrieve best on the development list, lossless
-# and after the autoencoder.
+# Weights of the parts of a texture: the logarithm of the energy of each band and orientation, the skewness
+# and kurtosis of lightness, and those of each band. They are the weights of the best retrieval on the
+# development list, lossless and after the autoencoder.
 WEIGHTS = {"energy": 1.0, "skewness": 0.4, "kurtosis": 0.3, "band_skewness": 0.6, "band_kurtosis": 0.6}
-# Where a candidate is cut from its tile, and the reference is not: rows and columns.
+# Rows and columns where a candidate is cut from its tile; the reference is cut at (0, 0).
 PLACES = ((64, 0), (0, 64), (64, 64), (32, 96), (96, 32))
-# CIELAB units that one unit of texture distance is worth, for both together: two unlike materials then differ
-# by about 9 in texture and 20 in colour.
+# CIELAB units per unit of texture distance, for both together: two random materials differ by about 9 in
+# texture and 20 in colour.
 TEXTURE_IN_COLOUR = 6.0
 
 
@@ -44,7 +44,7 @@ SCORES = (
 
 
 def _filters() -> tuple[np.ndarray, np.ndarray]:
-    """Bands (B, P) and the energy of bands and directions (P, B * D), over the P bins of half a spectrum."""
+    """Bands (B, P) and energies of bands and orientations (P, B * O), over the P bins of half a spectrum."""
     y, x = np.meshgrid(np.fft.fftfreq(SIZE), np.fft.rfftfreq(SIZE), indexing="ij")
     frequency, angle = np.hypot(y, x), np.arctan2(y, x)
     octave = np.log2(np.maximum(frequency, 1e-9))
@@ -53,8 +53,8 @@ def _filters() -> tuple[np.ndarray, np.ndarray]:
         np.abs(np.cos(angle - k * np.pi / ORIENTATIONS)) ** (ORIENTATIONS - 1) for k in range(ORIENTATIONS)
     ]
     both = bands[:, None] * np.stack(turned)[None]
-    counted = np.full(x.shape, 2.0)  # a bin stands for its mirror image too,
-    counted[:, [0, -1]] = 1.0  # but for those that are their own
+    counted = np.full(x.shape, 2.0)  # a bin counts for its mirror image too,
+    counted[:, [0, -1]] = 1.0  # except the bins that are their own mirror image
     energy = (both**2 * counted).reshape(len(WAVELENGTHS) * ORIENTATIONS, -1).T
     return bands.astype(np.float32), energy.astype(np.float32)
 
@@ -63,7 +63,7 @@ BANDS, ENERGY = _filters()
 
 
 def textures(lightness: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Textures of lightness (N, 64, 64) inside one mask (64, 64) bool: (N, F), compared by `distances`."""
+    """Textures of lightness (N, 64, 64) over one mask (64, 64) bool: (N, F), compared by `distances`."""
     values = lightness[:, mask].astype(np.float32)
     low, high = np.quantile(values, (CLIPPED, 1 - CLIPPED), axis=1, keepdims=True).astype(np.float32)
     values = values.clip(low, high)
@@ -87,7 +87,7 @@ def textures(lightness: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _moments(values: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Skewness and kurtosis over the last axis, squashed, of values without a mean."""
+    """Skewness and kurtosis, compressed, over the last axis of values of mean zero."""
     squares = values**2
     variance = squares.mean(-1) + least
     skewness = (squares * values).mean(-1) / variance**1.5
@@ -95,15 +95,15 @@ def _moments(values: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def distances(texture: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Of one texture (F,) to others (..., F)."""
+    """Distances (...) of one texture (F,) to others (..., F)."""
     return np.abs(others - texture).sum(-1)
 
 
 class Candidates:
-    """The materials that a picture's appearance is compared with, prepared once."""
+    """The materials that an image's appearance is compared with, prepared once."""
 
     def __init__(self, wholes: Sequence[Tensor], tiles: Sequence[Tensor]) -> None:
-        """wholes: materials (3, 128, 128) in [0, 1]; tiles: what the references show of them."""
+        """wholes: materials (3, 128, 128) in [0, 1]. tiles: the parts of them that the references show."""
         labs = [foreground.to_lab(whole[None] * 2 - 1)[0, ..., 0] for whole in wholes]
         self.views = np.stack([
             np.roll(lightness, (-top, -left), (0, 1))[:SIZE, :SIZE]
@@ -117,12 +117,12 @@ class Candidates:
         return len(self.colours)
 
     def score(self, image: Tensor, mask: Tensor, own: int) -> dict[str, float | int | bool]:
-        """How near a picture (3, 64, 64) is to material `own` inside its mask (64, 64), and before how many.
+        """Scores of an image (3, 64, 64) over its mask (64, 64) against the candidate number `own`.
 
         For `texture`, `colour` and `both`: `_first`, whether no other candidate is as near; `_rank`, how many
-        are as near or nearer (chance: half of the others). For texture and colour also `_distance`, and
-        `_likeness`: 1 at no distance, 0 at the mean distance of the other candidates from `own`. Colour is
-        the distribution of CIELAB, texture unitless. ValueError for an empty mask.
+        are as near or nearer (chance: half of the others). For texture and colour also `_distance` (texture
+        unitless, colour in CIELAB units), and `_likeness`, which is 1 at distance 0 and 0 at the mean
+        distance of the other candidates from `own`. ValueError for an empty mask.
         """
         inner = foreground.inner(mask.cpu().numpy() > 0.5)
         lab = foreground.to_lab(image[None])[0]
