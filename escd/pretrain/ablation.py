@@ -36,13 +36,13 @@ from .unet import UNetStage
 
 # An arm, and what it is: the words of the table.
 ARMS = {
-    "all": "as shipped, trained on as briefly as the others",
+    "all": "as shipped, retrained like the others",
     "no features": "without the UNet's features",
     "no tower": "without the image tower",
-    "no word": "an article for the sub-attribute's word",
-    "class word": "a class word for the sub-attribute's word",
-    "not told": "no outline or material to be told",
-    "own picture": "nor another picture: the reference is the target (E4T)",
+    "no word": "an article instead of the sub-attribute's word",
+    "class word": "a class word instead of the sub-attribute's word",
+    "not told": "without the probe losses",
+    "own picture": "without these, and the reference is the target (E4T)",
 }
 WORDS = {"no word": "a", "class word": "object"}
 
