@@ -1,9 +1,9 @@
 """Ablation of the attribute filters: `python -m escd.pretrain.ablation`.
 
-Each arm starts from the shipped filters, removes one thing and retrains them on the same images, with `mini`'s
-UNet frozen. It is scored at zero tuning steps on the development references: what its pseudo-words transfer.
-(From random weights, 8,000 images are too few: every arm stays at the floor, except the one whose reference is
-its target.)
+Each arm starts from the shipped filters, removes one thing and retrains them on the same images, with the
+UNet frozen. It is scored at zero tuning steps on the development references: what its pseudo-words
+transfer. (From random weights 8,000 images are too few: only the arm whose reference is its target leaves the
+floor.)
 """
 
 from __future__ import annotations

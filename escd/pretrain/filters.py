@@ -169,7 +169,7 @@ class FilterStage:
         return {kind: round(sum(errors) / len(errors), 5) for kind, errors in scores.items()}
 
     def grid(self, path: Path) -> None:
-        """Rows: held-out images; an image with each one's shape; with its appearance, at zero tuning steps."""
+        """Rows: held-out images; images with their shapes, with their appearances, at zero tuning steps."""
         images = torch.stack([self._open(file) for file in self.held_out[:4]])
         rows = [images.float().cpu()]
         for name, attribute in ATTRIBUTES.items():

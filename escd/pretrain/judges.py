@@ -183,8 +183,8 @@ class JudgeStage:
 def spoil(images: Tensor, draws: CounterRNG) -> Tensor:
     """Degrade images as an autoencoder and a sampler may, without changing their content.
 
-    Half of them are blurred to between 60 and 100 % of the resolution; half get a colour cast and a gain of a few
-    per cent, and smooth noise.
+    Half of them are blurred to between 60 and 100 % of the resolution; half get a colour cast and a gain of a
+    few per cent, and smooth noise.
     """
     out = images.clone()
     kind = draws.integer("sharpness", 0, 8)

@@ -16,9 +16,9 @@ PORTION = 128  # images that a worker renders for a GPU at a time
 # Images come in quartets, two shapes with two appearances each. An image's number in its quartet XOR
 # SAME_SHAPE is the partner that shares only its shape; XOR SAME_APPEARANCE, only its appearance.
 QUARTET, SAME_SHAPE, SAME_APPEARANCE = 4, 2, 1
-# Linear probes predict the attribute from the pseudo-words of PROBED references per step. Targets: of a shape,
-# the outline on an OUTLINE x OUTLINE grid; of an appearance, a colour histogram with SHADES levels per channel
-# and the local contrast in four directions at ROUGH resolutions.
+# Linear probes predict the attribute from the pseudo-words of PROBED references per step. Targets of a shape:
+# the outline on an OUTLINE x OUTLINE grid. Targets of an appearance: a colour histogram with SHADES levels
+# per channel, and the local contrast in four directions at ROUGH resolutions.
 PROBED, OUTLINE, SHADES, ROUGH = 192, 24, 5, 3
 MATERIAL = SHADES**3 + 4 * ROUGH
 
@@ -51,7 +51,7 @@ def quartets(world: World, index: Tensor) -> Batch:
 
 
 def outlines(masks: Tensor) -> Tensor:
-    """Probe targets (N, OUTLINE**2) of masks (N, 1, S, S): their coverage on a grid, centred and equal-size."""
+    """Probe targets (N, OUTLINE**2) of masks (N, 1, S, S): coverage of a grid, centred and equal-size."""
     return F.adaptive_avg_pool2d(canonical(masks[:, 0])[:, None], OUTLINE).flatten(1)
 
 

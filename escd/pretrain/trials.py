@@ -28,8 +28,8 @@ from . import loop
 from .autoencoder import LATENT_CHANNELS, AutoencoderLoss, AutoencoderStage
 from .unet import UNetStage
 
-# Changes of each stage: a field of its loop, the autoencoder's latent channels ("latents"), or the weight of a
-# perceptual term (1.0: about a third of the rest of the loss at the start).
+# Changes of each stage: a field of its loop, the autoencoder's latent channels ("latents"), or the weight of
+# a perceptual term (1.0: about a third of the rest of the loss at the start).
 CHANGES: dict[str, dict[str, dict[str, float]]] = {
     "autoencoder": {
         "none": {},
@@ -174,8 +174,8 @@ def by_latents() -> dict[int, records.Record]:
 def table(stage: str) -> str:
     """A stage's trials in Markdown, a row each; empty where there are none.
 
-    Autoencoder: PSNR and share of high-frequency energy kept on each image set, and the same for a linear code
-    of its rate. UNet: held-out errors (`UNetStage.evaluate`) in thousandths.
+    Autoencoder: PSNR and share of high-frequency energy kept on each image set, and the same for a linear
+    code of its rate. UNet: held-out errors (`UNetStage.evaluate`) in thousandths.
     """
     found = results(stage)
     if stage == "unet":
