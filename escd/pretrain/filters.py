@@ -9,7 +9,7 @@ to be denoised under a prompt that says the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
 from ..method.encoder import extract_features
 from ..method.pipeline import ESCDPipeline
+from ..method.reference import Reference
 from ..method.step import autocast_dtype
 from ..method.tuning import customize
 from ..method.views import PROMPTS, readable, views_of
@@ -120,7 +121,7 @@ class FilterStage:
             references, targets, prompts, masks = [], [], [], []
             for k in range(first, first + max(1, count // 2)):
                 image = self._open(files[k % len(files)])
-                views, _, said = views_of(image, None, TuningConfig(**(vars(config) | {"seed": k})))
+                views, _, said = views_of(Reference(image), replace(config, seed=k))
                 # A person's reference is an image as it is; a changed one teaches what not to read of it.
                 references.append(image if k // len(files) % 2 == 0 else views[0])
                 targets.append(views[1])
