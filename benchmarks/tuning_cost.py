@@ -122,13 +122,13 @@ def prepare(
     if method.word:
         text = text.requires_grad_()
         learning.append(text)
-    seen = NoisedViews(x_t, t, target, inside, [""] * batch)
+    noised = NoisedViews(x_t, t, target, inside, [""] * batch)
     if method.conditioning == "cached":
         with torch.no_grad():
-            seen.maps = down_path(unet, x_t, t, text)
+            noised.maps = down_path(unet, x_t, t, text)
 
     def loss() -> Tensor:
-        return (predicted(unet, weights, seen, text, method.conditioning) - target).square().mean()
+        return (predicted(unet, weights, noised, text, method.conditioning) - target).square().mean()
 
     return loss, learning
 

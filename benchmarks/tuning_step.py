@@ -18,11 +18,11 @@ from escd.backbone.parts import parameters_of
 from escd.method.step import NoisedViews, fast_arithmetic, predicted, working_copy
 
 
-def seconds(network: nn.Module, weights: dict[str, Tensor], seen: NoisedViews, text: Tensor) -> float:
+def seconds(network: nn.Module, weights: dict[str, Tensor], batch: NoisedViews, text: Tensor) -> float:
     """Time of one prediction for the draws and its gradients by the weights."""
     start = time.perf_counter()
     with fast_arithmetic(text.device):
-        predicted(network, weights, seen, text, "joint").float().square().mean().backward()
+        predicted(network, weights, batch, text, "joint").float().square().mean().backward()
     return time.perf_counter() - start
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     x = torch.randn(arguments.batch, *backbone.latent_shape, generator=generator)
     t = torch.randint(0, 1000, (arguments.batch,), generator=generator)
     prompts = ["a star shape"] * arguments.batch
-    seen = NoisedViews(x_t=x, t=t, target=x, inside=torch.ones_like(x[:, :1]), prompts=prompts)
+    batch = NoisedViews(x_t=x, t=t, target=x, mask=torch.ones_like(x[:, :1]), prompts=prompts)
     text = backbone.encode_prompt(prompts)
     print(
         f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, {arguments.threads} threads"
@@ -49,11 +49,11 @@ def main() -> None:
         weights = {n: p.detach().clone().requires_grad_() for n, p in trained.items()}
         networks = {"the UNet": backbone.unet, "working copy": working_copy(backbone.unet, trained)}
         for network in networks.values():  # to warm up
-            seconds(network, weights, seen, text)
+            seconds(network, weights, batch, text)
         taken: dict[str, list[float]] = {name: [] for name in networks}
         for _ in range(arguments.rounds):
             for name, network in networks.items():
-                taken[name].append(seconds(network, weights, seen, text))
+                taken[name].append(seconds(network, weights, batch, text))
         own, copied = (1000 * statistics.median(times) for times in taken.values())
         print(f"{half}: {own:.0f} ms by the UNet, {copied:.0f} ms by its working copy, {copied / own:.2f}")
 

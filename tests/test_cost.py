@@ -87,10 +87,10 @@ def test_operations_are_those_of_a_real_step(backbone):
         for name, p in escd.parts.parameters_of(backbone.unet, "encoder").items()
     }
     x_t = torch.randn(2, *backbone.latent_shape)
-    seen = NoisedViews(x_t, torch.tensor([5, 500]), x_t, torch.ones(2, 1, 1, 1), [""] * 2)
+    batch = NoisedViews(x_t, torch.tensor([5, 500]), x_t, torch.ones(2, 1, 1, 1), [""] * 2)
     text = backbone.encode_prompt(["a star"] * 2).detach().requires_grad_()
     with FlopCounterMode(display=False) as counter:
-        predicted(backbone.unet, weights, seen, text, "joint").sum().backward()
+        predicted(backbone.unet, weights, batch, text, "joint").sum().backward()
     assert tuning_cost(backbone, config).operations == pytest.approx(3 * counter.get_total_flops(), rel=0.02)
     joint, half, cached = (
         tuning_cost(backbone, TuningConfig.of("appearance", conditioning=kind)).operations

@@ -32,6 +32,7 @@ from escd.method.delta import Change, LowRank
 from escd.method.export import export
 from escd.method.fusion import REACH, AttributeFilter, pseudo_word
 from escd.method.optimizers import optimizers_for
+from escd.method.reference import Reference
 from escd.method.step import NoisedViews, autocast_dtype, fast_arithmetic, predicted, read_ahead, working_copy
 from escd.method.views import PROMPTS, recoloured, reshaped, views_of
 
@@ -503,7 +504,7 @@ def test_a_full_gpu_says_what_helps(backbone, picture, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(tuning, "_tune", full)
+    monkeypatch.setattr(tuning, "working_copy", full)
     with pytest.raises(MemoryError, match=r"memory is full.*rank=16.*adamw8bit"):
         escd.customize(picture, "shape", backbone, config=quick("shape"), progress=False)
 
@@ -565,7 +566,7 @@ def seen(backbone):
         x_t=torch.randn(shape, generator=generator),
         t=torch.tensor([20, 400, 900]),
         target=torch.zeros(shape),
-        inside=torch.ones(3, 1, 1, 1),
+        mask=torch.ones(3, 1, 1, 1),
         prompts=["a star shape with *a appearance", "a *a star", "the appearance of *a"],
     )
 
@@ -637,7 +638,7 @@ def test_a_mask_confines_the_loss(backbone, picture):
     mask = torch.zeros(1, size, size)
     mask[:, : size // 2] = 1
     config = quick("shape", augmentation=0.0)
-    seen, weight, prompts = views_of(picture, mask, config)
+    seen, weight, prompts = views_of(Reference(picture, mask), config)
     assert len(prompts) == len(seen) and set(prompts) == {PROMPTS["shape"]}
     assert torch.equal(weight[0], mask) and torch.equal(seen[0], picture)
     a = escd.customize(picture, "shape", backbone, mask=mask, config=config, progress=False)
@@ -706,7 +707,7 @@ def blot():
 def test_repainted_shapes_keep_the_silhouette_and_say_the_rest(blot, given):
     image, inside = blot
     config = TuningConfig.of("shape", augmentation=1.0)
-    views, weights, prompts = views_of(image, inside if given else None, config)
+    views, weights, prompts = views_of(Reference(image, inside if given else None), config)
     assert weights.min() == 1, "what is painted anew is right all over the frame"
     for view, said in zip(views, prompts, strict=True):
         words = said[0].split()
@@ -721,7 +722,7 @@ def test_repainted_shapes_keep_the_silhouette_and_say_the_rest(blot, given):
 
 def test_repainted_appearances_keep_the_material_and_say_the_rest(blot):
     image, _ = blot
-    views, _, prompts = views_of(image, None, TuningConfig.of("appearance", augmentation=1.0))
+    views, _, prompts = views_of(Reference(image), TuningConfig.of("appearance", augmentation=1.0))
     colour = image[:, 32, 32][:, None, None]
     areas = []
     for view, said in zip(views, prompts, strict=True):
@@ -734,9 +735,9 @@ def test_repainted_appearances_keep_the_material_and_say_the_rest(blot):
 def test_without_a_silhouette_a_shape_changes_its_colours_and_the_whole_frame_is_the_material():
     generator = torch.Generator().manual_seed(0)
     clutter = torch.rand(3, 64, 64, generator=generator) * 0.4 - torch.tensor([1.0, 0.2, 1.0])[:, None, None]
-    views, _, prompts = views_of(clutter, None, TuningConfig.of("shape", augmentation=1.0))
+    views, _, prompts = views_of(Reference(clutter), TuningConfig.of("shape", augmentation=1.0))
     assert set(prompts) == {PROMPTS["shape"]} and not torch.equal(views[0], views[1])
-    views, _, prompts = views_of(clutter, None, TuningConfig.of("appearance", augmentation=1.0))
+    views, _, prompts = views_of(Reference(clutter), TuningConfig.of("appearance", augmentation=1.0))
     assert len(set(prompts)) > 30 and all(set(said[0].split()) & set(SHAPES) for said in prompts)
     of_clutter = ((views - clutter.mean((1, 2))[:, None, None]).abs().amax(1) < 0.3).float().mean((1, 2))
     assert of_clutter.min() > 0.04 and of_clutter.median() < 0.6
@@ -934,8 +935,8 @@ def test_views_at_true_scale_are_asked_for_by_the_configuration():
     picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     config = TuningConfig.of("appearance", steps=1, augmentation=1.0, views=4)
     mask = torch.ones(1, *picture.shape[-2:])
-    bent, _, said = views_of(picture, mask, config)
-    plain, _, same = views_of(picture, mask, replace(config, true_scale=True))
+    bent, _, said = views_of(Reference(picture, mask), config)
+    plain, _, same = views_of(Reference(picture, mask), replace(config, true_scale=True))
     assert said == same and not torch.equal(bent, plain)
     pixels = [views.transpose(0, 1).flatten(1).T for views in (picture[None], plain, bent)]
     nearest = [torch.cdist(each, pixels[0]).amin(1) for each in pixels[1:]]
@@ -954,7 +955,7 @@ def test_views_at_a_large_size_are_the_reference_mirrored_and_cropped(backbone, 
     for attribute in ("shape", "appearance"):
         config = TuningConfig.of(attribute, backbone=backbone)
         assert config.augmentation == 0 and config.varied and not TuningConfig.of(attribute).varied
-        views, weights, prompts = views_of(image, mask, config)
+        views, weights, prompts = views_of(Reference(image, mask), config)
         assert set(prompts) == {PROMPTS[config.recipe]}
         assert len({v.numpy().tobytes() for v in views}) == len(views)
         left = (weights[:, 0].sum((1,)) * torch.arange(32)).sum(1) / weights.sum((1, 2, 3))
@@ -962,4 +963,4 @@ def test_views_at_a_large_size_are_the_reference_mirrored_and_cropped(backbone, 
         inside = views.movedim(1, -1)[weights[:, 0] == 1]
         assert (inside == 1).all() == (attribute == "appearance")  # a shape's colours are changed
     plain = TuningConfig.of("shape", augmentation=0.0)
-    assert torch.equal(views_of(image, mask, plain)[0], image.expand(plain.views, -1, -1, -1))
+    assert torch.equal(views_of(Reference(image, mask), plain)[0], image.expand(plain.views, -1, -1, -1))

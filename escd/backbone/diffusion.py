@@ -1,4 +1,4 @@
-"""The diffusion loss of Eq. 2: its target, its weight, and the noise levels it is drawn at."""
+"""The diffusion loss (paper, Eqs. 1 and 2): noised latents, target, squared error, weight, noise levels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,20 @@ SNR_CEILING = 5.0
 NOISE_SPREAD = 1.2
 
 
+def noised(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Noised latents x_t and the UNet's target, both (B, C, h, w), at time steps t (B,) of latents x_0."""
+    # Eq. 1: x_t, and the epsilon that epsilon_theta(x_t, t) is to predict
+    return scheduler.add_noise(x_0, noise, t), target_of(scheduler, x_0, noise, t)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """The squared error (B, C, h, w) of a UNet's prediction, in float32; its mean is the loss (Eq. 2)."""
+    # Eq. 2: || epsilon - epsilon_theta(x_t, t, tau(c)) ||^2
+    return (prediction.float() - target).square()
+
+
 def target_of(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What a UNet is to predict at time steps t (B,): the noise (B, C, h, w), or the velocity (Eq. 2)."""
+    """Target of a UNet's prediction at time steps t (B,): the noise (B, C, h, w), or the velocity."""
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
         return noise
@@ -23,7 +35,7 @@ def target_of(scheduler: DDIMScheduler, x_0: Tensor, noise: Tensor, t: Tensor) -
 
 
 def loss_weight(scheduler: DDIMScheduler, t: Tensor) -> Tensor:
-    """The weight (B,) of the squared error at time steps t (B,): 1 where the noise is predicted (Eq. 2).
+    """The weight (B,) of the squared error at time steps t (B,): 1 where the noise is predicted.
 
     A velocity's error at little noise says nothing of the picture and would drown the rest: it is weighted
     down from the signal-to-noise ratio SNR_CEILING on, a soft form of min-SNR (Hang et al. 2023).

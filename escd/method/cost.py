@@ -74,7 +74,7 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
         x_t = torch.empty(config.batch_size, channels, height, width, dtype=dtype)
         tokens = backbone.tokenizer.model_max_length
         text = torch.empty(config.batch_size, tokens, unet.config.cross_attention_dim, dtype=dtype)
-        seen = NoisedViews(
+        batch = NoisedViews(
             x_t,
             torch.zeros(config.batch_size, dtype=torch.long),
             x_t,
@@ -89,17 +89,17 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
             w.requires_grad_()
         if config.conditioning == "cached":
             with torch.no_grad():
-                seen.maps = down_path(unet, seen.x_t, seen.t, text)
+                batch.maps = down_path(unet, batch.x_t, batch.t, text)
         text.requires_grad_()
         kept = _Kept([*unet.parameters(), *weights.values()])
         if checkpointing:
             unet.enable_gradient_checkpointing(kept.recomputed)
         with saved_tensors_hooks(kept.keep, lambda saved: saved):
-            predicted(unet, weights, seen, text, config.conditioning)
+            predicted(unet, weights, batch, text, config.conditioning)
         if checkpointing:
             unet.enable_gradient_checkpointing(recomputed)
         with FlopCounterMode(display=False) as counter:
-            predicted(unet, weights, seen, text, config.conditioning).sum().backward()
+            predicted(unet, weights, batch, text, config.conditioning).sum().backward()
     frozen = sum(p.nbytes for module in backbone.modules.values() for p in module.parameters())
     runs = autocast_dtype(backbone.device, dtype)
     if backbone.device.type == "cpu" and runs not in (None, dtype):  # `working_copy`'s own
@@ -110,8 +110,8 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
     if config.rank is not None:  # the weights they change are made anew in each step, and differentiated
         learning += sum(2 * WEIGHT * p.numel() for p in trained.values())
     activations = kept.bytes + kept.largest + config.batch_size * _text_activations(backbone)
-    if seen.maps is not None:  # of a batch they are counted
-        maps = sum(m.nbytes for m in seen.maps) // config.batch_size
+    if batch.maps is not None:  # of a batch they are counted
+        maps = sum(m.nbytes for m in batch.maps) // config.batch_size
         activations += maps * max(0, config.draws - config.batch_size)
     return TuningCost(frozen, learning, activations, counter.get_total_flops() * config.steps)
 

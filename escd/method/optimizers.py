@@ -1,4 +1,4 @@
-"""What changes the pseudo-word and the part: AdamW, AdamW in 8 bits, and Muon for matrices."""
+"""Optimisers of the pseudo-word and the part's weights: AdamW, AdamW in 8 bits, and Muon for matrices."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from torch import Tensor
 from .config import TuningConfig
 from .delta import Change
 
-SETTLING = {"muon": 0.6, "adamw": 0.2, "adamw8bit": 0.2}  # share of the steps in which the rate falls to zero
+# Share of the steps, at the end, in which the learning rate decays to zero. A constant rate leaves noise of
+# the one image in the weights.
+DECAY = {"muon": 0.6, "adamw": 0.2, "adamw8bit": 0.2}
+WARM_UP = 10  # steps in which the learning rate rises
 
 
 def optimizers_for(
     v: Tensor, change: Change, config: TuningConfig, fused: bool = False
 ) -> list[torch.optim.Optimizer]:
-    """What changes the pseudo-word, and the part's matrices and its biases and norms, each at its rate.
+    """Optimisers for the pseudo-word, the part's matrices, and its biases and norms, each at its own rate.
 
-    fused: AdamW's arithmetic in one go over each weight, which large ones need (`benchmarks/tuning_cost.py`).
+    fused: AdamW computes each weight's update in one kernel, which large weights need
+    (`benchmarks/tuning_cost.py`). Raises ImportError for "adamw8bit" without bitsandbytes.
     """
     matrices = [w for w in change.parameters() if w.ndim > 1]
     vectors = [w for w in change.parameters() if w.ndim < 2]
@@ -45,6 +49,30 @@ def optimizers_for(
             )
         )
     return optimizers
+
+
+class Updates:
+    """Applies one loss after the other: backward pass, learning rates by the schedule, optimiser steps."""
+
+    def __init__(
+        self, optimizers: list[torch.optim.Optimizer], config: TuningConfig, device: str, scaled: bool
+    ) -> None:
+        self.optimizers, self.config = optimizers, config
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.rates = [group["lr"] for group in self.groups]
+        self.scaler = torch.amp.GradScaler(device, enabled=scaled)
+
+    def apply(self, loss: Tensor, step: int) -> None:
+        """Update everything that learns by the gradient of `loss`; `step` counts from 0."""
+        steps, share = self.config.steps, DECAY[self.config.optimizer]
+        factor = min(min(1.0, (steps - step) / (share * steps)), (step + 1) / WARM_UP)
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.scaler.scale(loss).backward()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
 
 
 def _eight_bit() -> type[torch.optim.Optimizer]:

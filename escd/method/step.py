@@ -24,12 +24,15 @@ HALVES = {"joint": (), "half": ("encoder", "decoder"), "cached": ("decoder",)}
 
 @dataclass
 class NoisedViews:
-    """Noised views (N, C, h, w), and what the UNet is to make of them; maps: what its encoder already has."""
+    """A batch of noised views: latents x_t and targets (N, C, h, w), timesteps t (N,), masks (N, 1, h, w).
+
+    maps: the outputs of the UNet's encoder, where they are computed ahead (`read_ahead`).
+    """
 
     x_t: Tensor
     t: Tensor
     target: Tensor
-    inside: Tensor
+    mask: Tensor
     prompts: list[str]
     maps: list[Tensor] | None = None
 
@@ -44,7 +47,7 @@ class NoisedViews:
             self.x_t[there],
             self.t[there],
             self.target[there],
-            self.inside[there],
+            self.mask[there],
             [self.prompts[k] for k in rows.tolist()],
             None if self.maps is None else [m[there] for m in self.maps],
         )
@@ -52,7 +55,7 @@ class NoisedViews:
 
 @torch.no_grad()
 def read_ahead(draws: NoisedViews, backbone: Backbone, attribute: Attribute, batch_size: int) -> NoisedViews:
-    """The draws with what the untouched encoder makes of them under the attribute's plain word."""
+    """The draws with the untouched encoder's outputs under the attribute's plain word."""
     kept: list[Tensor] = []
     for rows in torch.arange(len(draws.t)).split(batch_size):
         part = draws.at(rows)
@@ -66,26 +69,30 @@ def read_ahead(draws: NoisedViews, backbone: Backbone, attribute: Attribute, bat
 
 
 def predicted(
-    unet: nn.Module, weights: dict[str, Tensor], seen: NoisedViews, text: Tensor, conditioning: str
+    unet: nn.Module, weights: dict[str, Tensor], batch: NoisedViews, text: Tensor, conditioning: str
 ) -> Tensor:
-    """The UNet's prediction for the draws; only `weights` and `text` carry gradients (Eq. 6)."""
+    """The UNet's prediction (N, C, h, w) for a batch, with `weights` in place of its own (Eq. 6).
+
+    Only `weights` and `text` (N, L, D) carry gradients. conditioning: see `TuningConfig`.
+    """
     if conditioning == "joint":
-        inputs = (seen.x_t, seen.t)
+        inputs = (batch.x_t, batch.t)
         return functional_call(unet, weights, inputs, {"encoder_hidden_states": text}).sample
     if half_of(list(weights)) == "encoder":
-        maps = with_weights(down_path, unet, weights, seen.x_t, seen.t, text)
-        return up_path(unet, maps, seen.t, text.detach())
-    maps = seen.maps
+        maps = with_weights(down_path, unet, weights, batch.x_t, batch.t, text)
+        return up_path(unet, maps, batch.t, text.detach())
+    maps = batch.maps
     if maps is None:
         with torch.no_grad():
-            maps = down_path(unet, seen.x_t, seen.t, text)
-    return with_weights(up_path, unet, weights, maps, seen.t, text)
+            maps = down_path(unet, batch.x_t, batch.t, text)
+    return with_weights(up_path, unet, weights, maps, batch.t, text)
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype = torch.float32) -> torch.dtype | None:
-    """What a backbone of this dtype is tuned in: a half precision as it is, so that nothing is rounded anew.
+    """Autocast dtype for tuning a model of this dtype.
 
-    Another in bfloat16 where the processor has it, float16 on older GPUs, else None: as it is.
+    The model's own if it is half precision, else bfloat16 where it is native, float16 on older GPUs, else
+    None (no autocast).
     """
     if dtype in (torch.float16, torch.bfloat16):
         return dtype
@@ -101,10 +108,10 @@ def working_copy(
 ) -> UNet2DConditionModel:
     """The UNet as tuning runs it: the same function and the same weights, in less time or less memory.
 
-    With `checkpointing` what it computes inside is computed again on the way back instead of kept. On a CPU
-    (`benchmarks/tuning_step.py`) its frozen weights are in the dtype of `runs_in`, once and for all: autocast
-    would round every weight again in every step. The `trained` ones, which are exchanged anyway, are the
-    UNet's own. And its attention leaves out what PyTorch's does for rows that are masked all over.
+    With `checkpointing` its activations are recomputed in the backward pass instead of kept. On a CPU
+    (`benchmarks/tuning_step.py`) its frozen weights are converted once to `autocast_dtype`: autocast would
+    round every weight again in every step. The `trained` ones, which each step replaces, are the UNet's own.
+    Its attention there is the plain one, which does not handle rows that are masked completely.
     """
     on_cpu = unet.device.type == "cpu"
     dtype = (autocast_dtype(unet.device, unet.dtype) if on_cpu else None) or unet.dtype
@@ -126,7 +133,7 @@ def working_copy(
 
 @contextmanager
 def fast_arithmetic(device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Arithmetic in what `runs_in` says, and on a CPU the attention kernel that is fast backwards."""
+    """Autocast to `autocast_dtype`, and on a CPU the attention kernel whose backward pass is fast."""
     with ExitStack() as stack:
         if device.type == "cpu":
             stack.enter_context(MathAttention())

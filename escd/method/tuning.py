@@ -6,31 +6,33 @@ ESCDiffusion and every baseline are configurations of it: a part of the UNet (no
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 
 import torch
-import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..backbone.diffusion import draw_noise_levels, loss_weight, target_of
+from ..backbone.diffusion import loss_weight, squared_error
 from ..backbone.halves import half_of
 from ..backbone.model import Backbone
 from ..backbone.parts import NO_PART, parameters_of
-from ..data.images import Source, open_image_and_mask
+from ..data.images import Source
 from .attributes import Attribute, resolve_attribute
+from .batches import Batches, EncodedViews
 from .config import LESS_MEMORY, TuningConfig
+from .cost import needs_checkpointing
 from .customization import Customization
-from .delta import Change, Factors
+from .delta import Change, Factors, LowRank
 from .fusion import pseudo_word
-from .optimizers import SETTLING, optimizers_for
+from .optimizers import Updates, optimizers_for
+from .reference import Reference
 from .step import HALVES, NoisedViews, autocast_dtype, fast_arithmetic, predicted, read_ahead, working_copy
-from .views import PROMPTS, readable, views_of, warn_without_silhouette
+
+# Called with the number of steps done and the last loss; True ends the tuning.
+Callback = Callable[[int, float], bool | None]
 
 
 @torch.inference_mode(False)
@@ -46,7 +48,7 @@ def customize(
     part: str | None = None,
     rank: int | None = None,
     mask: Source | None = None,
-    callback: Callable[[int, float], bool | None] | None = None,
+    callback: Callback | None = None,
     progress: bool = True,
     checkpointing: bool | None = None,
     config: TuningConfig | None = None,
@@ -78,58 +80,49 @@ def customize(
         config = TuningConfig.of(attribute, part, backbone, **numbers)
     else:
         _require_agreement(config, attribute, numbers | {"part": part})
-    trained = {} if config.part == NO_PART else parameters_of(backbone.unet, config.part)
-    halves = HALVES[config.conditioning]
-    if halves and half_of(list(trained)) not in halves:
-        raise ValueError(
-            f"conditioning {config.conditioning!r} is for a part of the {' or the '.join(halves)} alone, "
-            f"not for {config.part!r}"
-        )
+    trained = _trained_parameters(backbone, config)
     backbone.word_embedding(attribute.word)  # an unusable word is refused before the work
-    picture, inside = open_image_and_mask(image, backbone.image_size, mask)
-    if inside is None and config.steps:
-        warn_without_silhouette(picture, config.recipe)
-    v = (
-        pseudo_word(backbone, picture[None].to(backbone.device), attribute, seed=config.seed)[0]
-        .float()
-        .clone()
-        .requires_grad_()
-    )
-    change = Change(trained) if config.rank is None else Factors(trained, config.rank, config.seed)
-    losses: list[float] = []
+    reference = Reference.open(image, backbone.image_size, mask)
     if config.steps:
-        if checkpointing is None:
-            from .cost import needs_checkpointing  # which knows what tuning is
-
-            checkpointing = needs_checkpointing(backbone, config)
-        network = working_copy(backbone.unet, change.before, checkpointing)
-        try:
-            _tune(
-                backbone, network, attribute, config, picture, inside, v, change, losses, callback, progress,
-                keep_interrupted,
-            )  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"the GPU's memory is full: {LESS_MEMORY}") from error
-    delta = change.delta() if losses else {}
+        reference.warn_without_silhouette(config.recipe)
+    if checkpointing is None:
+        checkpointing = config.steps > 0 and needs_checkpointing(backbone, config)
+    try:
+        learnt = _tune(
+            backbone, attribute, reference, config, trained,
+            checkpointing=checkpointing, callback=callback, progress=progress,
+            keep_interrupted=keep_interrupted,
+        )  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"the GPU's memory is full: {LESS_MEMORY}") from error
     return Customization(
         attribute=attribute,
-        pseudo_word=v.detach().cpu(),
-        delta=delta,
+        pseudo_word=learnt.pseudo_word,
+        delta=learnt.delta,
         part=config.part,
         backbone_identity=backbone.identity_without_filters,
         backbone_name=backbone.name,
-        steps=len(losses),
+        steps=len(learnt.losses),
         seed=config.seed,
         config=asdict(config),
-        losses=losses,
+        losses=learnt.losses,
     )
 
 
-def _require_agreement(config: TuningConfig, attribute: Attribute, said: dict[str, object]) -> None:
-    """Raise ValueError where a call says one thing and the configuration beside it another."""
+@dataclass(frozen=True)
+class Learnt:
+    """The result of the loop: the pseudo-word (D,), the change of the part's weights, and the losses."""
+
+    pseudo_word: Tensor
+    delta: dict[str, Tensor | LowRank] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+
+
+def _require_agreement(config: TuningConfig, attribute: Attribute, numbers: dict[str, object]) -> None:
+    """Raise ValueError where an argument of `customize` contradicts the configuration."""
     if config.attribute != attribute.name:
         raise ValueError(f"the configuration is for {config.attribute!r}, not for {attribute.name!r}")
-    for name, value in said.items():
+    for name, value in numbers.items():
         if value is not None and value != getattr(config, name):
             raise ValueError(
                 f"{name}={value!r} contradicts the configuration, which says {getattr(config, name)!r}: "
@@ -137,91 +130,64 @@ def _require_agreement(config: TuningConfig, attribute: Attribute, said: dict[st
             )
 
 
+def _trained_parameters(backbone: Backbone, config: TuningConfig) -> dict[str, nn.Parameter]:
+    """The UNet's parameters that learn, by name; ValueError where `conditioning` does not fit the part."""
+    trained = {} if config.part == NO_PART else parameters_of(backbone.unet, config.part)
+    halves = HALVES[config.conditioning]
+    if halves and half_of(list(trained)) not in halves:
+        raise ValueError(
+            f"conditioning {config.conditioning!r} is for a part of the {' or the '.join(halves)} alone, "
+            f"not for {config.part!r}"
+        )
+    return trained
+
+
 def _tune(
     backbone: Backbone,
-    network: UNet2DConditionModel,
     attribute: Attribute,
+    reference: Reference,
     config: TuningConfig,
-    picture: Tensor,
-    inside: Tensor | None,
-    v: Tensor,
-    change: Change,
-    losses: list[float],
-    callback: Callable[[int, float], bool | None] | None,
+    trained: dict[str, nn.Parameter],
+    *,
+    checkpointing: bool,
+    callback: Callback | None,
     progress: bool,
     keep_interrupted: bool,
-) -> None:
-    """Change `v` and `change` in place and append to `losses`, step by step."""
-    device, unet = backbone.device, backbone.unet
-    scheduler = copy.copy(backbone.scheduler)  # which moves its tables to where they are needed
-    views, masks, said = views_of(picture, inside, config)
-    # An autoencoder of Stable Diffusion's size needs more memory for 16 pictures than a step of tuning.
-    few = 1 if backbone.large else 16
-    latents = torch.cat([backbone.encode_images(x) for x in views.split(few)]).float()  # (V, 4, h, w)
-    masks = F.interpolate(masks, size=latents.shape[-2:], mode="area").to(device)  # (V, 1, h, w)
-    del views
-    prompts = [readable(backbone, attribute.token, each, PROMPTS[config.recipe]) for each in said]
-    optimizers = optimizers_for(v, change, config, fused=backbone.large)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]
-    # Gradients too small for float16 are scaled up on their way back; elsewhere this does nothing.
-    scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype(device, unet.dtype) is torch.float16)
-    # All draws come from one generator on the CPU: the same seed is the same run on every device.
-    generator = torch.Generator().manual_seed(config.seed)
-    timesteps = scheduler.config.num_train_timesteps
-
-    def draw(count: int) -> NoisedViews:
-        pick = torch.randint(0, len(latents), (count,), generator=generator)
-        if config.noise_level is None:
-            t = torch.randint(0, timesteps, (count,), generator=generator).to(device)
-        else:
-            t = draw_noise_levels(scheduler, count, config.noise_level, generator).to(device)
-        x_0 = latents[pick.to(device)]
-        noise = torch.randn(x_0.shape, generator=generator).to(device)
-        u = torch.rand(count, generator=generator).tolist()
-        said = [prompts[k][int(share * len(prompts[k]))] for k, share in zip(pick.tolist(), u, strict=True)]
-        if config.dropout and change.parameters():  # the weights learn from it, the pseudo-word does not
-            dropped = (torch.rand(count, generator=generator) < config.dropout).tolist()
-            said = ["" if drop else prompt for prompt, drop in zip(said, dropped, strict=True)]
-        return NoisedViews(
-            x_t=scheduler.add_noise(x_0, noise, t).to(unet.dtype),
-            t=t,
-            target=target_of(scheduler, x_0, noise, t),
-            inside=masks[pick.to(device)],
-            prompts=said,
-        )
-
-    bar = tqdm(
-        range(config.steps), desc=f"{attribute.name} ({config.part})", unit="step", disable=not progress
-    )
+) -> Learnt:
+    """Minimise the loss of Eq. 6 over the pseudo-word and the change of the `trained` parameters."""
+    device, dtype = backbone.device, backbone.unet.dtype
+    v = pseudo_word(backbone, reference.image[None].to(device), attribute, seed=config.seed)[0]
+    v = v.float().clone().requires_grad_()  # (D,)
+    if not config.steps:
+        return Learnt(v.detach().cpu())
+    change = Change(trained) if config.rank is None else Factors(trained, config.rank, config.seed)
+    network = working_copy(backbone.unet, change.before, checkpointing)
+    # Prompt dropout is for the weights; the pseudo-word alone does not learn from it.
+    prompt_dropout = config.dropout if change.parameters() else 0.0
+    views = EncodedViews.of(reference, backbone, attribute, config)
+    batches = Batches(views, backbone, config, prompt_dropout)
+    # Gradients too small for float16 are scaled up in the backward pass.
+    scaled = autocast_dtype(device, dtype) is torch.float16
+    updates = Updates(optimizers_for(v, change, config, fused=backbone.large), config, device.type, scaled)
+    losses: list[float] = []
+    description = f"{attribute.name} ({config.part})"
+    bar = tqdm(range(config.steps), desc=description, unit="step", disable=not progress)
     try:
-        with fast_arithmetic(device, unet.dtype):
-            kept = None
+        with fast_arithmetic(device, dtype):
+            cache = None
             if config.conditioning == "cached":
-                kept = read_ahead(draw(config.draws), backbone, attribute, config.batch_size)
+                cache = read_ahead(batches.draw(config.draws), backbone, attribute, config.batch_size)
             for step in bar:
-                # The last steps settle: a constant rate leaves one image's noise in the weights.
-                left = min(1.0, (config.steps - step) / (SETTLING[config.optimizer] * config.steps))
-                for group, rate in zip(groups, rates, strict=True):
-                    group["lr"] = rate * min(left, (step + 1) / 10)
-                seen = draw(config.batch_size) if kept is None else kept.some(config.batch_size, generator)
-                text = backbone.encode_prompt(seen.prompts, {attribute.token: v}).to(unet.dtype)
-                out = predicted(network, change.weights(), seen, text, config.conditioning)
-                weight = seen.inside
-                if config.noise_level is None:
-                    weight = weight * loss_weight(scheduler, seen.t)[:, None, None, None]
-                loss = ((out.float() - seen.target).square() * weight).mean() / seen.inside.mean()
-                scaler.scale(loss).backward()
-                for optimizer in optimizers:
-                    scaler.step(optimizer)
-                    optimizer.zero_grad(set_to_none=True)
-                scaler.update()
+                if cache is None:
+                    batch = batches.draw(config.batch_size)
+                else:
+                    batch = cache.some(config.batch_size, batches.generator)
+                text = backbone.encode_prompt(batch.prompts, {attribute.token: v}).to(dtype)  # tau(c; v)
+                prediction = predicted(network, change.weights(), batch, text, config.conditioning)
+                loss = tuning_loss(prediction, batch, _weight(batch, batches, config))
+                updates.apply(loss, step)
                 losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(
-                        f"the loss is {losses[-1]} at step {step + 1}; "
-                        f"lower the learning rate ({config.learning_rate})"
-                    )
+                _require_finite(losses, config)
                 bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}", refresh=False)
                 if callback is not None and callback(step + 1, losses[-1]):
                     break
@@ -234,3 +200,25 @@ def _tune(
         )
     finally:
         bar.close()
+    return Learnt(v.detach().cpu(), change.delta() if losses else {}, losses)
+
+
+def tuning_loss(prediction: Tensor, batch: NoisedViews, weight: Tensor) -> Tensor:
+    """The masked squared error (paper, Eq. 6), a scalar; `weight` (B, 1, h, w) is the mask M, weighted."""
+    # Eq. 6: L(Delta, v) = E || M * (epsilon - epsilon_{theta + Delta}(x_t, t, tau(c; v))) ||^2
+    return (squared_error(prediction, batch.target) * weight).mean() / batch.mask.mean()
+
+
+def _weight(batch: NoisedViews, batches: Batches, config: TuningConfig) -> Tensor:
+    """The mask (B, 1, h, w), times the loss weight of each timestep where timesteps are uniform."""
+    if config.noise_level is not None:
+        return batch.mask
+    return batch.mask * loss_weight(batches.scheduler, batch.t)[:, None, None, None]
+
+
+def _require_finite(losses: list[float], config: TuningConfig) -> None:
+    if not math.isfinite(losses[-1]):
+        raise FloatingPointError(
+            f"the loss is {losses[-1]} at step {len(losses)}; "
+            f"lower the learning rate ({config.learning_rate})"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from ..backbone.model import Backbone
 from ..data.captions import FULL_FORMS, captions_of
-from ..data.foreground import foreground_mask
 from ..data.names import PATTERNS
 from ..data.world import World
 from .config import TuningConfig
+from .reference import Reference
 
 # The prompts a reference is shown under name neither its background nor its other attribute: what they
 # named, the pseudo-word would be tied to ("{}" is the pseudo-word).
@@ -178,55 +177,38 @@ def _filled(image: Tensor, inside: Tensor) -> Tensor:
     return image[:, torch.from_numpy(y).long(), torch.from_numpy(x).long()]
 
 
-def views_of(
-    image: Tensor, mask: Tensor | None, config: TuningConfig
-) -> tuple[Tensor, Tensor, list[tuple[str, ...]]]:
-    """Views (V, 3, H, W) of a reference (3, H, W), the weight (V, 1, H, W) of their loss, and their prompts.
+def views_of(reference: Reference, config: TuningConfig) -> tuple[Tensor, Tensor, list[tuple[str, ...]]]:
+    """Views (V, 3, H, W) of a reference, the masks (V, 1, H, W) of their loss, and their prompts.
 
-    A share `config.augmentation` of the views has the other attribute changed, the rest is the reference as
-    it is, under prompts that name neither its background nor its other attribute. Where the silhouette is
-    known, from `mask` (1, H, W) or because the object stands on a plain background, the changed views are
-    `repainted`, and their prompts say with what. Where it is not, the whole frame is the reference: an
-    appearance is repainted from all of it, and while a shape is learnt only the colours change. With
-    `config.varied` the reference as it is comes mirrored, cropped and, for a shape, recoloured (`varied`).
+    A share `config.augmentation` of the views has the other attribute changed. The rest shows the reference
+    as it is, under prompts that name neither its background nor its other attribute; with `config.varied`
+    it is mirrored, cropped and, for a shape, recoloured (`varied`). Where the silhouette is known, the
+    changed views are `repainted`, and their prompts name the new attribute. Where it is not, the whole frame
+    is the reference: an appearance is repainted from all of it, and a shape is recoloured only.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    count = config.views
+    image, mask, count = reference.image, reference.mask, config.views
     images = image.expand(count, -1, -1, -1)
-    weights = (torch.ones_like(image[:1]) if mask is None else mask.to(image)).expand(count, -1, -1, -1)
+    masks = (reference.whole_frame() if mask is None else mask.to(image)).expand(count, -1, -1, -1)
     chosen = torch.rand(count, generator=generator) < config.augmentation
     changed = chosen.to(image.device)[:, None, None, None]
     prompts = [PROMPTS[config.recipe]] * count
     if config.varied:
-        images, weights = varied(images, weights, config.recipe, generator)
+        images, masks = varied(images, masks, config.recipe, generator)
     if not chosen.any():
-        return images, weights, prompts
-    if mask is None:
-        found, failed = foreground_mask(image[None])
-        inside = torch.ones_like(image[:1]) if failed[0] else found.float().view_as(image[:1])
-        known = not failed[0] or config.recipe == "appearance"
-    else:
-        inside, known = (mask > 0.5).float().view_as(image[:1]), True
-    if not known:
-        return torch.where(changed, recoloured(images, generator), images), weights, prompts
-    others, said = repainted(image, inside.to(image), config.recipe, count, config.seed, config.true_scale)
-    prompts = [new if use else old for new, old, use in zip(said, prompts, chosen.tolist(), strict=True)]
-    return torch.where(changed, others, images), torch.where(changed, 1.0, weights), prompts
+        return images, masks, prompts
+    silhouette = reference.silhouette
+    if silhouette is None and config.recipe == "shape":
+        return torch.where(changed, recoloured(images, generator), images), masks, prompts
+    if silhouette is None:
+        silhouette = reference.whole_frame()
+    others, named = repainted(image, silhouette, config.recipe, count, config.seed, config.true_scale)
+    prompts = [new if use else old for new, old, use in zip(named, prompts, chosen.tolist(), strict=True)]
+    return torch.where(changed, others, images), torch.where(changed, 1.0, masks), prompts
 
 
-def warn_without_silhouette(picture: Tensor, recipe: str) -> None:
-    """Warn where a picture (3, H, W) has no silhouette that can be found: its whole frame is learnt."""
-    if foreground_mask(picture[None])[1][0]:
-        warnings.warn(
-            "no silhouette was found in the picture: its background is not plain, or nothing stands off it. "
-            f"The whole frame is learnt as the {recipe}. Where only a part of it is meant, pass mask= "
-            "(--mask), white on the subject, or a picture with the subject cut out on transparency",
-            stacklevel=3,
-        )
-
-
-def readable(backbone: Backbone, token: str, said: Sequence[str], plain: Sequence[str]) -> list[str]:
-    """Prompts with the pseudo-word put in, but for those the text encoder would cut; `plain` if all are."""
-    written = [prompt.format(token) for prompt in said]
-    read = [prompt for prompt in written if not backbone.cut_off(prompt, [token])]
-    return read or [prompt.format(token) for prompt in plain]
+def readable(backbone: Backbone, token: str, prompts: Sequence[str], plain: Sequence[str]) -> list[str]:
+    """Prompts with the pseudo-word put in, except those that would be cut off; `plain` if all are."""
+    written = [prompt.format(token) for prompt in prompts]
+    complete = [prompt for prompt in written if not backbone.cut_off(prompt, [token])]
+    return complete or [prompt.format(token) for prompt in plain]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..backbone.diffusion import draw_noise_levels, target_of
+from ..backbone.diffusion import draw_noise_levels, noised, squared_error
 from ..backbone.model import Backbone
 from ..method.attributes import ATTRIBUTES
 from ..method.fusion import AttributeFilter
@@ -34,8 +34,8 @@ def denoising_error(
 ) -> Tensor:
     """Squared error (B,) of a UNet's prediction at timesteps t (B,) of latents x_0 (B, C, h, w) (Eq. 2)."""
     noise = torch.randn_like(x_0)
-    predicted = predict(scheduler.add_noise(x_0, noise, t), t).float()
-    return (predicted - target_of(scheduler, x_0, noise, t)).square().mean((1, 2, 3))
+    x_t, target = noised(scheduler, x_0, noise, t)
+    return squared_error(predict(x_t, t), target).mean((1, 2, 3))
 
 
 @dataclass
@@ -131,9 +131,9 @@ class DiffusionLoss(FiltersInTraining):
         means = ((step.plain, 0.0), (step.shape, noisier), (step.appearance, 0.0), (step.both, noisier))
         t = torch.cat([draw_noise_levels(self.scheduler, n, mean + more) for n, more in means])
         t, noise = t.to(step.x_0.device), torch.randn_like(step.x_0)
-        target = target_of(self.scheduler, step.x_0, noise, t)
+        x_t, target = noised(self.scheduler, step.x_0, noise, t)
         given = (
-            self.scheduler.add_noise(step.x_0, noise, t), t, target, self.ids(step), step.shape_ref,
+            x_t, t, target, self.ids(step), step.shape_ref,
             step.appearance_ref, step.probe_ref, step.outline, step.material,
         )  # fmt: skip
         kinds = (step.plain, step.shape, step.appearance, step.both)
@@ -208,7 +208,7 @@ class StepErrors(nn.Module):
         appearance_ref: Tensor, probe_ref: Tensor, outline: Tensor, material: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         text = self.loss.read(ids, self.kinds, shape_ref, appearance_ref)
-        error = (self.unet(x_t, t, text).sample.float() - target).square().mean((2, 3))
+        error = squared_error(self.unet(x_t, t, text).sample, target).mean((2, 3))
         probe_loss = self.loss.probe_loss
         return error, probe_loss("shape", probe_ref, outline), probe_loss("appearance", probe_ref, material)
 

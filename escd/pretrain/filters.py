@@ -8,7 +8,7 @@ prompt that names the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
 from ..method.encoder import extract_features
 from ..method.pipeline import ESCDPipeline
+from ..method.reference import Reference
 from ..method.step import autocast_dtype
 from ..method.tuning import customize
 from ..method.views import PROMPTS, readable, views_of
@@ -121,7 +122,7 @@ class FilterStage:
             references, targets, prompts, masks = [], [], [], []
             for k in range(first, first + max(1, count // 2)):
                 image = self._open(files[k % len(files)])
-                views, _, known = views_of(image, None, TuningConfig(**(vars(config) | {"seed": k})))
+                views, _, known = views_of(Reference(image), replace(config, seed=k))
                 # A person's reference is an unchanged image; an augmented one teaches what to ignore.
                 references.append(image if k // len(files) % 2 == 0 else views[0])
                 targets.append(views[1])

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import save_image
 from transformers import CLIPTokenizerFast
 
-from ..backbone.diffusion import target_of
+from ..backbone.diffusion import noised, squared_error
 from ..backbone.image_tower import ImageTower
 from ..backbone.model import Backbone
 from ..data.captions import draw_caption
@@ -286,12 +286,12 @@ class UNetStage:
         scheduler = self.module.scheduler
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(x_0)
         t = torch.linspace(0, 999, len(x_0)).round().long().to(x_0.device)
-        x_t, target = scheduler.add_noise(x_0, noise, t), target_of(scheduler, x_0, noise, t)
+        x_t, target = noised(scheduler, x_0, noise, t)
         # `forward` is not compiled: this batch size would compile a compiled UNet again
         predicted = [
             self.module.unet.forward(x_t[k], t[k], text[k]).sample for k in torch.arange(len(x_0)).split(64)
         ]
-        return (torch.cat(predicted).float() - target).square().mean((2, 3))
+        return squared_error(torch.cat(predicted), target).mean((2, 3))
 
     def sample(self, text: Tensor) -> Tensor:
         """Images (N, 3, 64, 64) in [-1, 1] for text (N, L, D): 15 steps of DDIM, guidance 4, seed 0.
