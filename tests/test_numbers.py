@@ -280,7 +280,7 @@ def keys_in(paper: str) -> set[str]:
 
 
 def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "training", lambda backbone="mini": {"unet": {"images": 200_000}})
+    monkeypatch.setattr(numbers, "training", lambda backbone="mini": {"unet": {"images": 200_000}})
     ways = {name: [took(1, 1, 1)] for name in results.STEPS_OF}
     config = BENCHMARKS["tuning_cost"]["TuningCostConfig"](tuple(ways))
     records.get(config, lambda _: {"rounds": ways, "flops": dict.fromkeys(ways, 1)}, device="cpu")
