@@ -315,7 +315,7 @@ def test_every_number_of_the_paper_has_its_record(stored, tmp_path, monkeypatch)
     numbers.write_numbers(readme, macros)
     text = readme.read_text()
     assert text.startswith("# Before\n") and text.endswith("after\n") and "former numbers" not in text
-    assert f"seen {values['backbone.images_seen']} rendered images" in text
+    assert f"trained on {values['backbone.images_seen']} rendered images" in text
     assert f"| {tables.ARMS['encoder']} | {values['shape.encoder.iou']} |" in text
     numbers.write_numbers(readme, macros)
     assert readme.read_text() == text
