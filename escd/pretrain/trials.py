@@ -158,17 +158,18 @@ def inputs(config: TrialConfig) -> dict[str, str]:
 def results(stage: str) -> list[records.Record]:
     """The records of a stage's trials, sorted by number of images, then in the order of CHANGES."""
     order = list(CHANGES[stage])
-    found = [(r, r.config) for r in records.all(TrialConfig) if r.config["stage"] == stage]
-    found.sort(key=lambda pair: (pair[1]["images"], order.index(pair[1]["change"]), pair[1]["seed"]))
-    return [record for record, _ in found]
+    trials = [r for r in records.all(TrialConfig) if r.config["stage"] == stage]
+    return sorted(
+        trials, key=lambda r: (r.config["images"], order.index(r.config["change"]), r.config["seed"])
+    )
 
 
 def by_latents() -> dict[int, records.Record]:
     """Trials of the autoencoder by its latent channels, all with the same number of images."""
     same = ("none", *(name for name, change in CHANGES["autoencoder"].items() if "latents" in change))
-    found = [r for r in results("autoencoder") if r.config["change"] in same]
-    most = max((r.config["images"] for r in found), default=0)
-    return {r.metrics["latents"]: r for r in found if r.config["images"] == most}
+    trials = [r for r in results("autoencoder") if r.config["change"] in same]
+    most = max((r.config["images"] for r in trials), default=0)
+    return {r.metrics["latents"]: r for r in trials if r.config["images"] == most}
 
 
 def table(stage: str) -> str:
@@ -177,11 +178,11 @@ def table(stage: str) -> str:
     Autoencoder: PSNR and share of high-frequency energy kept on each image set, and the same for a linear
     code of its rate. UNet: held-out errors (`UNetStage.evaluate`) in thousandths.
     """
-    found = results(stage)
+    trials = results(stage)
     if stage == "unet":
         scores = ("mse", "mse_noisy", "shape", "appearance")
         heads = ("plain captions", "their noisier half", "`*m`", "`*a`")
-        rows = [(r, [f"{1000 * r.metrics['scores'][-1][k]:.1f}" for k in scores]) for r in found]
+        rows = [(r, [f"{1000 * r.metrics['scores'][-1][k]:.1f}" for k in scores]) for r in trials]
     else:
         heads = tuple(h for name in IMAGE_SETS for h in (name, "linear code"))
         rows = [
@@ -193,14 +194,14 @@ def table(stage: str) -> str:
                     for code in ("", "pca_")
                 ],
             )
-            for r in found
+            for r in trials
         ]
     lines = [" | ".join(["| changed | images", *heads]) + " |", "|---|--:|" + "--:|" * len(heads)]
     for record, cells in rows:
         seed = f", seed {record.seed}" if record.seed else ""
         start = [f"| {record.config['change']}{seed}", f"{record.config['images']:,}"]
         lines.append(" | ".join([*start, *cells]) + " |")
-    return "\n".join(lines) if found else ""
+    return "\n".join(lines) if trials else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
