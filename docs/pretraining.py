@@ -12,7 +12,7 @@ from typing import Any
 
 from escd import records
 from escd.pretrain import trials
-from escd.pretrain.__main__ import STAGES, WEIGHTS
+from escd.pretrain.command import STAGES, WEIGHTS
 
 README = records.ROOT / "escd" / "pretrain" / "README.md"
 # Stage -> (network, training data).

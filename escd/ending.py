@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -61,15 +62,29 @@ class Ending:
             raise KeyboardInterrupt
 
 
-def run_command(main: Callable[[], object]) -> NoReturn:
-    """Run a command that can be restarted at any time, and exit with its code.
+def run_command(command: Callable[[], object] | str) -> NoReturn:
+    """Run a command that can be started again at any time, and leave the process with its exit code.
 
-    After a signal it prints one line instead of a traceback; finished results are stored.
+    command: a function, or the name of a module whose `main` it is: the module is imported here, so that an
+    interrupt in the seconds that torch takes to import is no traceback either. A function that returns a
+    whole number gives the exit code, any other means 0. A signal to end is answered in one line: what was
+    finished before it is stored.
     """
     with Ending() as ending:
         try:
-            main()
+            main = _main_of(command, ending) if isinstance(command, str) else command
+            code = main()
         except KeyboardInterrupt:
             print(f"\n{ending}: what is finished is kept; start it again to go on", file=sys.stderr)
             sys.exit(ending.code)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _main_of(module: str, ending: Ending) -> Callable[[], object]:
+    try:
+        return importlib.import_module(module).main
+    except Exception as error:
+        if ending.signal is None:
+            raise
+        # An interrupt inside an import may come out as another error.
+        raise KeyboardInterrupt from error

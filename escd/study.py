@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .ending import run_command
-from .evaluation.study_command import main
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command("escd.evaluation.study_command")

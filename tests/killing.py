@@ -28,8 +28,8 @@ from PIL import Image  # noqa: E402
 from test_pretrain import Toy  # noqa: E402
 
 from escd import records  # noqa: E402
-from escd.__main__ import main as escd  # noqa: E402
 from escd.backbone.folder import save_backbone  # noqa: E402
+from escd.commands import main as escd  # noqa: E402
 from escd.paper import draw, sheets, stems  # noqa: E402
 from escd.paper.canvas import Drawing  # noqa: E402
 from escd.pretrain import loop  # noqa: E402

@@ -22,7 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from escd import ESCDPipeline, TuningConfig, customize, load_backbone, load_customization
-from escd.__main__ import _bytes_of, main
+from escd.commands import _bytes_of, main
 from escd.ending import Ending
 from escd.method.customization import steps_of
 
@@ -218,14 +218,14 @@ def refuse(*_, **__):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the folder of a Linux kernel")
 def test_where_nothing_can_be_written_nothing_is_tuned(picture, here, tiny_folder, capsys, monkeypatch):
-    monkeypatch.setattr("escd.__main__.load_backbone", refuse)
+    monkeypatch.setattr("escd.commands.load_backbone", refuse)
     command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
     assert main([*command, "--output", "/proc/x.safetensors"]) == 2
     assert "nothing can be written there" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_known_before(picture, here, tiny_folder, capsys, monkeypatch):
-    monkeypatch.setattr("escd.__main__.customize", refuse)
+    monkeypatch.setattr("escd.commands.customize", refuse)
     usage = shutil.disk_usage(here)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
@@ -248,7 +248,7 @@ def test_a_result_that_cannot_be_written_is_kept_elsewhere(picture, here, tiny_f
         (here / "out").rmdir()
         return learnt
 
-    monkeypatch.setattr("escd.__main__.customize", then_the_folder_is_gone)
+    monkeypatch.setattr("escd.commands.customize", then_the_folder_is_gone)
     command = ["customize", str(picture), "--attribute", "shape", "--steps", "1"]
     assert main([*command, "--output", "out/horse.safetensors", "--backbone", str(tiny_folder)]) == 2
     said = capsys.readouterr().err
@@ -373,10 +373,10 @@ def test_told_to_end_it_keeps_what_it_has(
 ):
     command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
     result = Path("horse-shape.safetensors")
-    monkeypatch.setattr("escd.__main__.customize", told(number, 0))
+    monkeypatch.setattr("escd.commands.customize", told(number, 0))
     assert main([*command, "--steps", "5"]) == code and not result.exists()
     assert capsys.readouterr().err.splitlines()[-1] == f"escd: {word}"
-    monkeypatch.setattr("escd.__main__.customize", told(number, 2))
+    monkeypatch.setattr("escd.commands.customize", told(number, 2))
     assert main([*command, "--steps", "5"]) == code
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"escd: {word} after 2 of 5 steps; what was learnt is kept in {result}"
@@ -387,16 +387,16 @@ def test_what_had_more_steps_is_not_replaced(heard, picture, here, tiny_folder, 
     command = ["customize", str(picture), "--attribute", "shape", "--backbone", str(tiny_folder)]
     command += ["--steps", "4"]
     result = Path("horse-shape.safetensors")
-    monkeypatch.setattr("escd.__main__.customize", told(signal.SIGINT, 3))
+    monkeypatch.setattr("escd.commands.customize", told(signal.SIGINT, 3))
     assert main(command) == 130 and steps_of(result) == 3
     before = result.read_bytes()
     for at, kept in ((2, "horse-shape-2-steps"), (2, "horse-shape-2-steps-2"), (0, None)):
-        monkeypatch.setattr("escd.__main__.customize", told(signal.SIGTERM, at))
+        monkeypatch.setattr("escd.commands.customize", told(signal.SIGTERM, at))
         assert main(command) == 143 and result.read_bytes() == before
         assert kept is None or f"is kept in {kept}.safetensors" in capsys.readouterr().err
         assert kept is None or steps_of(f"{kept}.safetensors") == 2
     result.write_text("something else")
-    monkeypatch.setattr("escd.__main__.customize", told(signal.SIGTERM, 2))
+    monkeypatch.setattr("escd.commands.customize", told(signal.SIGTERM, 2))
     assert main(command) == 143 and result.read_text() == "something else"
 
 

@@ -1,6 +1,7 @@
 """How commands end that can be started again at any time."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,10 @@ def main():
     time.sleep(60)
 run_command(main)
 """
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = "import runpy; runpy.run_module('{}', run_name='__main__')"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -43,4 +48,21 @@ def test_every_command_of_the_package_ends_so():
     assert len(commands) > 5
     for path in commands:
         last = path.read_text().rstrip().splitlines()[-1].strip()
-        assert last in ("run_command(main)", "sys.exit(main())"), path.name
+        assert re.fullmatch(r'run_command\((main|"[\w.]+")\)', last), path.name
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("module", ["escd", "escd.study"])
+def test_an_interrupt_while_torch_is_imported_is_one_line(module, tmp_path):
+    # A module in torch's place that says when it is being imported, and takes its time.
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    pipe = subprocess.PIPE
+    handled = "import signal; signal.signal(2, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{handled}\n{RUN.format(module)}"]
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as running:
+        assert running.stdout.readline() == "importing\n"
+        running.send_signal(signal.SIGINT)
+        said = running.stderr.read()
+    assert running.returncode == 130
+    assert said.strip().startswith("interrupted") and len(said.strip().splitlines()) == 1

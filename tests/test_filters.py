@@ -14,7 +14,7 @@ from escd.data.world import World
 from escd.loading import read_backbone
 from escd.method.fusion import AttributeFilter
 from escd.pretrain import loop
-from escd.pretrain.__main__ import main
+from escd.pretrain.command import main
 from escd.pretrain.filters import NEEDED, FilterStage, images_to_learn_from
 
 

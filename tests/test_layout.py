@@ -17,7 +17,6 @@ from escd.paper.layout import ROOMS, imports, room_of, sources
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 80
 # (file, what it imports in a function): why not at the top.
 LATE = {
-    ("__init__", "sliders"): "needs ipywidgets, which a command line does not",
     ("method.optimizers", "bitsandbytes.optim"): "an optional package",
 }
 CODE = sources()

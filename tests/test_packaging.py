@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import escd
-from escd import __main__ as command_line
+from escd import commands as command_line
 from escd.paper import numbers
 
 ROOT = Path(__file__).resolve().parents[1]

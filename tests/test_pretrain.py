@@ -32,8 +32,6 @@ from escd.files import together
 from escd.paper.results import STAGES
 from escd.pretrain import loop
 from escd.pretrain import unet as unet_module
-from escd.pretrain.__main__ import STAGES as TRAINED
-from escd.pretrain.__main__ import WEIGHTS, main
 from escd.pretrain.autoencoder import (
     MOST_CHANNELS,
     AutoencoderLoss,
@@ -42,6 +40,8 @@ from escd.pretrain.autoencoder import (
     make_autoencoder,
     start_linear,
 )
+from escd.pretrain.command import STAGES as TRAINED
+from escd.pretrain.command import WEIGHTS, main
 from escd.pretrain.diffusion_loss import NOISE_MEAN, DiffusionLoss, denoising_error
 from escd.pretrain.loop import LoopConfig, psnr, train
 from escd.pretrain.networks import make_scheduler, make_unet

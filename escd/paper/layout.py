@@ -22,7 +22,7 @@ ROOMS = {
     "paper": ("draw",),
     "pretrain": (),
     "evaluation": ("study", "evaluate"),
-    "method": ("__init__", "__main__", "loading", "sliders", "drawn"),
+    "method": ("__init__", "__main__", "commands", "loading", "sliders", "drawn"),
     "backbone": ("parts",),
     "data": (),
     "files": ("paths", "files", "reading", "records", "frozen", "ending", "waiting", "notebook"),

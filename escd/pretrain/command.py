@@ -1,0 +1,142 @@
+"""`python -m escd.pretrain`: train `mini` stage by stage, or filters for another backbone.
+
+A killed training resumes; `accelerate launch` trains on several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import paths
+from .autoencoder import LATENT_CHANNELS, MOST_CHANNELS, AutoencoderStage
+from .filters import FilterStage, images_to_learn_from
+from .loop import Stage, train
+from .towers import TowerStage
+from .unet import UNetStage
+from .words import WordStage
+
+STAGES = {stage.name: stage for stage in (AutoencoderStage, WordStage, TowerStage, UNetStage)}
+WEIGHTS = paths.WEIGHTS / "mini"
+FILTERS = paths.RUNS / "filters"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and train the named stages in order."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    filters = arguments.stages == [FilterStage.name]
+    if problem := _problem(arguments, filters):
+        parser.error(problem)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    default = FILTERS / Path(arguments.backbone).name if filters else WEIGHTS
+    weights = arguments.weights or default
+    try:
+        if filters:
+            images_to_learn_from(arguments.data)  # an error before the backbone is loaded
+        weights.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    makers = _makers(arguments, weights)
+    for name in arguments.stages or STAGES:
+        train(
+            makers[name],
+            weights=weights,
+            images=arguments.images,
+            compile=arguments.compile,
+            further=arguments.further,
+            learning_rate=arguments.learning_rate,
+            batch_size=arguments.batch_size,
+        )
+        print(f"{name}: weights in {weights}")
+    if filters:
+        print(f"escd.load_backbone({arguments.backbone!r}, filters={str(weights)!r}) takes them")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m escd.pretrain", description=__doc__)
+    parser.add_argument(
+        "stages",
+        nargs="*",
+        metavar="STAGE",
+        help=f"some of {', '.join(STAGES)} (default: all, in this order); or filters, for another backbone, "
+        "from a folder of images",
+    )
+    parser.add_argument(
+        "--backbone", default="sd15", help="for filters: sd15, a folder or a hub id (default: sd15)"
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="for filters: training images")
+    parser.add_argument("--images", type=int, help="training images in all (default: the recipe's)")
+    parser.add_argument("--learning-rate", type=float, help="its peak (default: the recipe's)")
+    parser.add_argument(
+        "--batch-size", type=int, help="images per step, over all processes (default: the recipe's)"
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help=f"where to export (default: the package's own weights; of filters: {FILTERS}/BACKBONE)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the networks first (takes minutes; then a fifth less time per step)",
+    )
+    parser.add_argument(
+        "--further", action="store_true", help="start from the exported weights instead of from random ones"
+    )
+    parser.add_argument(
+        "--latents",
+        type=int,
+        default=LATENT_CHANNELS,
+        metavar="N",
+        help=f"latent channels of the autoencoder (default: SD's {LATENT_CHANNELS}); the UNet takes as many "
+        "as the autoencoder beside it has",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads of this process")
+    return parser
+
+
+def _problem(arguments: argparse.Namespace, filters: bool) -> str | None:
+    """What is wrong with the arguments, in a line; None where nothing is."""
+    stages = arguments.stages or list(STAGES)
+    unknown = [name for name in stages if name not in STAGES and not filters]
+    fixed = [name for name in stages if not filters and name in STAGES and not hasattr(STAGES[name], "load")]
+    checks = (
+        (filters and arguments.data is None, "filters learn from images: --data FOLDER"),
+        (not filters and arguments.data is not None, "--data is for the stage filters, which runs alone"),
+        (unknown, f"unknown stage {''.join(unknown[:1])!r}; known: {', '.join(STAGES)}"),
+        (arguments.images is not None and arguments.images < 1, "--images must be positive"),
+        (arguments.batch_size is not None and arguments.batch_size < 1, "--batch-size must be positive"),
+        (
+            arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1,
+            "--learning-rate must lie between 0 and 1",
+        ),
+        (
+            arguments.further and fixed,
+            f"--further is not for {', '.join(fixed)}: later stages would have to start anew",
+        ),
+        (
+            not 1 <= arguments.latents <= MOST_CHANNELS,
+            f"--latents must lie between 1 and {MOST_CHANNELS}",
+        ),
+        (
+            arguments.latents != LATENT_CHANNELS and arguments.weights is None,
+            f"the shipped weights have {LATENT_CHANNELS} latent channels: name a folder for others with "
+            "--weights (with --further, the autoencoder in it grows)",
+        ),
+    )
+    return next((line for wrong, line in checks if wrong), None)
+
+
+def _makers(arguments: argparse.Namespace, weights: Path) -> dict[str, Callable[[torch.device], Stage]]:
+    """How each stage is made on a device."""
+    makers: dict[str, Callable[[torch.device], Stage]] = {
+        name: lambda device, stage=stage: stage(device, weights) for name, stage in STAGES.items()
+    }
+    makers[AutoencoderStage.name] = lambda device: AutoencoderStage(device, weights, arguments.latents)
+    makers[FilterStage.name] = lambda device: FilterStage(device, arguments.backbone, arguments.data)
+    return makers
