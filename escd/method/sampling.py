@@ -15,9 +15,8 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 
-    from .pipeline import ESCDPipeline
 
 # Tensors of Stable Diffusion XL that diffusers' official callbacks cut as they cut the prompts': none here.
 OF_XL = ("add_text_embeds", "add_time_ids")
@@ -131,7 +130,9 @@ class Group:
         extra = {"generator": self.generator} if takes_generator else {}
         self.x_t = self.scheduler.step(predicted, t, self.x_t, **extra).prev_sample
 
-    def show(self, callback: Callable, pipe: ESCDPipeline, i: int, t: Tensor, names: Sequence[str]) -> None:
+    def show(
+        self, callback: Callable, pipe: DiffusionPipeline, i: int, t: Tensor, names: Sequence[str]
+    ) -> None:
         """Call `callback` after step i, and take the tensors that it gives back."""
         tensors = dict.fromkeys(OF_XL, self.x_t.new_empty(len(self.x_t), 0))
         tensors |= {"latents": self.x_t, **self.embeds}
@@ -152,7 +153,7 @@ def _all_rows(new: Tensor, old: Tensor, name: str) -> Tensor:
 
 def denoise(
     groups: list[Group],
-    pipe: ESCDPipeline,
+    pipe: DiffusionPipeline,
     call: Call,
     callback: Callable | None,
     names: Sequence[str],
