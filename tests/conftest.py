@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
+from escd import frozen, records
 from escd.backbone.folder import save_backbone
 from escd.backbone.image_tower import ImageTower
 from escd.backbone.model import Backbone
@@ -174,3 +175,24 @@ def interrupted_once(monkeypatch) -> None:
         return predicted(*given)
 
     monkeypatch.setattr(tuning, "predicted", interrupted)
+
+
+# ---- what several tests compare with
+
+
+def snapshot(unet):
+    return {name: (p.data_ptr(), p._version, p.detach().clone()) for name, p in unet.named_parameters()}
+
+
+def assert_untouched(unet, before):
+    for name, p in unet.named_parameters():
+        pointer, version, values = before[name]
+        assert p.data_ptr() == pointer and p._version == version and torch.equal(p, values), name
+
+
+def as_record(config, metrics):
+    return records.Record(
+        kind=records.kind_of(config), key=records.key_of(config), config=frozen.as_json(config),
+        seed=config.seed, metrics=metrics, inputs={}, seconds=1.0, device="cpu", machine="",
+        instruction_set="", threads=1, versions={}, commit=None,
+    )  # fmt: skip

@@ -20,7 +20,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "pretrain")]
 
 import torch  # noqa: E402
 from conftest import make_backbone  # noqa: E402

@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import make_backbone, make_customization
+from conftest import assert_untouched, make_backbone, make_customization, snapshot
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -345,16 +345,6 @@ def test_a_list_that_is_none_and_one_that_is_mistaken(fixed, tmp_path):
 
 
 # ---- changed weights
-
-
-def snapshot(unet):
-    return {name: (p.data_ptr(), p._version, p.detach().clone()) for name, p in unet.named_parameters()}
-
-
-def assert_untouched(unet, before):
-    for name, p in unet.named_parameters():
-        pointer, version, values = before[name]
-        assert p.data_ptr() == pointer and p._version == version and torch.equal(p, values), name
 
 
 def test_changed_weights_are_w0_plus_s_dw_and_the_unet_keeps_its_own(backbone, shape, appearance):

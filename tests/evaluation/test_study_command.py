@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from test_study import as_record
+from conftest import as_record
 
 from escd import records
 from escd.evaluation import configs, estimate, study, study_command

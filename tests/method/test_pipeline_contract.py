@@ -24,7 +24,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import make_customization
+from conftest import assert_untouched, make_customization, snapshot
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -36,7 +36,6 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
-from test_customization import assert_untouched, snapshot
 
 from escd import ESCDPipeline
 from escd.backbone.prompts import copy_of

@@ -7,10 +7,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_backbone, make_customization
+from conftest import assert_untouched, make_backbone, make_customization, snapshot
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
-from test_customization import assert_untouched, snapshot
 
 from escd import Attribute, ESCDPipeline
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from test_study import as_record
+from conftest import as_record
 
 from escd.evaluation import formats
 from escd.evaluation import real_tables as tables

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # In the paper's order: label, and the file of the package that computes it.
 EQUATIONS = {
     "eq:dm": "backbone/diffusion.py",  # the diffusion loss

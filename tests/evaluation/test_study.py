@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import as_record
 
-from escd import frozen, records
+from escd import records
 from escd.backbone.parts import parameters_of
 from escd.data.names import BACKGROUNDS, COLOURS, PATTERNS, SHAPES
 from escd.evaluation import autoencoder, configs, judges, prompts, study, tables, texture
@@ -295,14 +296,6 @@ def test_the_grid(listed):
 
 
 # ---- the table
-
-
-def as_record(config, metrics):
-    return records.Record(
-        kind=records.kind_of(config), key=records.key_of(config), config=frozen.as_json(config),
-        seed=config.seed, metrics=metrics, inputs={}, seconds=1.0, device="cpu", machine="",
-        instruction_set="", threads=1, versions={}, commit=None,
-    )  # fmt: skip
 
 
 def scores(failed=(False, False), **changes):

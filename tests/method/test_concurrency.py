@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import make_customization
-from test_customization import assert_untouched, snapshot
+from conftest import assert_untouched, make_customization, snapshot
 
 from escd import ESCDPipeline, customize
 

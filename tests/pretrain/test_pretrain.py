@@ -576,7 +576,7 @@ def test_one_that_got_a_kill_9_ends_with_the_same_bits(uninterrupted, tmp_path):
         "t.Drawing = Slow\n"
         f"t.train_drawing(Path({str(tmp_path / 'weights')!r}))"
     )
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     environment = os.environ | {"ESCD_RUNS": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
     running = subprocess.Popen([sys.executable, "-c", program], env=environment)
     drawn = tmp_path / "pretrain" / "drawing" / "00000072.png"  # the first of six evaluations
