@@ -55,7 +55,7 @@ def export(customization: Customization, folder: str | Path, name: str | None = 
     web interfaces' file has them all. A1111 itself takes the change of a bias only beside that of a weight in
     full, and leaves it out after `low_rank`; ComfyUI and Forge take it either way. In full means as a large
     file, and for diffusers as factors of full rank; use `low_rank` before for small ones. All files are
-    written or none.
+    written or none; those that an earlier export left under the same names are replaced or removed.
 
     Raises ValueError for a customization learnt with conditioning "cached": its encoder read the attribute's
     plain word, and other programs give one prompt to the whole UNet. Raises OSError when nothing can be
@@ -79,6 +79,9 @@ def export(customization: Customization, folder: str | Path, name: str | None = 
         for file, state in tensors.items():
             if state:
                 save_file(state, scratch / file, metadata={"format": "pt"})
+    for file, state in tensors.items():
+        if not state:  # a file of an earlier export under this name would be taken for a part of this one
+            (folder / file).unlink(missing_ok=True)
     written = [folder / file if state else None for file, state in tensors.items()]
     return Exported(*written, tuple(left_behind))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -206,3 +208,9 @@ def test_a_pseudo_word_alone_is_exported_as_an_embedding_alone(shape, tmp_path):
     shape.delta = {}
     done = export(shape, tmp_path)
     assert done.lora is None and done.web_ui is None and done.embedding.is_file()
+
+
+def test_a_pseudo_word_alone_leaves_no_lora_of_an_earlier_export_beside_it(shape, tmp_path):
+    export(shape, tmp_path, "horse")
+    exported = export(dataclasses.replace(shape, delta={}), tmp_path, "horse")
+    assert [path.name for path in tmp_path.iterdir()] == [exported.embedding.name]
