@@ -14,8 +14,11 @@ import ipywidgets
 import torch
 from PIL import Image
 
+from .backbone.prompts import cut_off, reader, starred_words
+
 if TYPE_CHECKING:
-    from .backbone.model import Backbone
+    from transformers import CLIPTokenizerFast
+
     from .method.pipeline import ESCDPipeline
 
 # Every word that a text encoder with a small vocabulary has read is one token of it. A large vocabulary, as
@@ -55,17 +58,17 @@ def render(
 
 def remarks(pipe: ESCDPipeline, prompt: str) -> list[str]:
     """What a person should know of a prompt that is drawn, but not as they may think; mostly nothing."""
-    backbone, said = pipe.backbone, []
+    said = []
     if not prompt.strip():
         return ["The prompt is empty: the image is anything the model draws, and no strength changes it."]
-    if cut := backbone.cut_off(prompt, pipe.customizations):
-        length = backbone.tokenizer.model_max_length
+    if cut := cut_off(pipe.tokenizer, prompt, pipe.customizations):
+        length = pipe.tokenizer.model_max_length
         said.append(f"The model reads {length} tokens of a prompt. It does not read: “{cut}”.")
-    if unknown := unknown_words(backbone, prompt):
+    if unknown := unknown_words(pipe.tokenizer, prompt):
         listed = ", ".join(f"“{word}”" for word in unknown)
         said.append(f"The model does not know {listed}: it draws what it makes of the rest.")
     loaded = {customization.attribute.name: token for token, customization in pipe.customizations.items()}
-    standing = backbone.pseudo_words_in(prompt)
+    standing = starred_words(prompt)
     for name in ("shape", "appearance"):
         if name not in loaded:
             said.append(f"No {name} is loaded: its slider changes nothing.")
@@ -74,13 +77,13 @@ def remarks(pipe: ESCDPipeline, prompt: str) -> list[str]:
     return said
 
 
-def unknown_words(backbone: Backbone, prompt: str) -> list[str]:
-    """The words of `prompt` that a backbone with a small vocabulary has no token for, in order."""
-    tokenizer = backbone.tokenizer
+def unknown_words(tokenizer: CLIPTokenizerFast, prompt: str) -> list[str]:
+    """The words of `prompt` that a tokenizer with a small vocabulary has no token for, in order."""
     if len(tokenizer) >= SMALL_VOCABULARY:
         return []
     words = re.findall(r"[^\W\d_]+", re.sub(r"\*\w+", " ", prompt.lower()))
-    return [word for word in dict.fromkeys(words) if len(tokenizer.tokenize(word)) > 1]
+    with reader(tokenizer) as reads:
+        return [word for word in dict.fromkeys(words) if len(reads.tokenize(word)) > 1]
 
 
 class _Sliders(ipywidgets.VBox):

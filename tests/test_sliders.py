@@ -133,9 +133,9 @@ def test_what_may_surprise_is_said_under_the_sliders(pipe, prompt, said):
 
 def test_words_in_pieces_are_known_to_a_large_vocabulary(pipe, monkeypatch):
     prompt = "a *m zebra's shape"
-    assert unknown_words(pipe.backbone, prompt) == ["zebra"]
+    assert unknown_words(pipe.tokenizer, prompt) == ["zebra"]
     monkeypatch.setattr(sliders, "SMALL_VOCABULARY", 1)
-    assert unknown_words(pipe.backbone, prompt) == []
+    assert unknown_words(pipe.tokenizer, prompt) == []
 
 
 def test_the_slider_of_what_is_not_loaded_says_so_and_does_not_move(pipe):

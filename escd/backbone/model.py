@@ -190,14 +190,6 @@ class Backbone:
             )
         return table[row].detach().clone()
 
-    def pseudo_words_in(self, prompt: str) -> list[str]:
-        """Whatever in `prompt` looks like a pseudo-word, with all that is glued to it, in lower case."""
-        return reading.starred_words(prompt)
-
-    def check_prompt(self, prompt: str, loaded_tokens: Iterable[str]) -> None:
-        """Raise ValueError when a pseudo-word of `prompt` is not loaded, not standing alone, or cut off."""
-        reading.check_prompt(self.tokenizer, prompt, loaded_tokens)
-
     def cut_off(self, prompt: str, tokens: Iterable[str] = ()) -> str:
         """What of `prompt` lies beyond the tokens the text encoder reads; `tokens`: its pseudo-words."""
         return reading.cut_off(self.tokenizer, prompt, tokens)

@@ -25,6 +25,7 @@ import escd.loading
 from escd import Backbone, ImageTower, load_backbone
 from escd.backbone.devices import as_device, choose_device
 from escd.backbone.folder import load_scheduler, save_backbone
+from escd.backbone.prompts import check_prompt
 from escd.loading import read_backbone
 from escd.method.customization import load_customization
 
@@ -532,7 +533,7 @@ def test_encoding_leaves_no_hook_behind(backbone):
 )
 def test_pseudo_words_that_would_not_work_are_refused(backbone, prompt, message):
     with pytest.raises(ValueError, match=message):
-        backbone.check_prompt(prompt, ["*m"])
+        check_prompt(backbone.tokenizer, prompt, ["*m"])
     with pytest.raises(ValueError, match=message):
         backbone.encode_prompt(prompt, {"*m": torch.zeros(32)})
 
@@ -541,25 +542,27 @@ def test_pseudo_words_that_would_not_work_are_refused(backbone, prompt, message)
     "prompt", ["2 * 2 star", "a star *", "2*2", "", "a *m star, *m", "M*A*S*H", "a **red** star", "_*red_"]
 )
 def test_asterisks_that_are_no_pseudo_words(backbone, prompt):
-    backbone.check_prompt(prompt, ["*m"])
+    check_prompt(backbone.tokenizer, prompt, ["*m"])
 
 
 def test_asterisks_inside_other_words_are_refused_where_they_begin_a_known_name(backbone):
     for prompt in ("M*A*S*H", "**a**"):
         with pytest.raises(ValueError, match="must stand alone"):
-            backbone.check_prompt(prompt, ["*a"])
+            check_prompt(backbone.tokenizer, prompt, ["*a"])
 
 
 @pytest.mark.parametrize("asterisk", "\uff0a\u2217\ufe61\u204e\u2731")
 def test_what_only_looks_like_an_asterisk_is_a_probable_slip(backbone, asterisk):
     with pytest.warns(UserWarning, match=rf"U\+{ord(asterisk):04X}, which only looks.*write '\*m'"):
-        backbone.check_prompt(f"a {asterisk}m shape", ["*m"])
-    backbone.check_prompt(f"a {asterisk}star, 2 {asterisk} m", ["*m"])  # no name of a pseudo-word: no warning
+        check_prompt(backbone.tokenizer, f"a {asterisk}m shape", ["*m"])
+    check_prompt(
+        backbone.tokenizer, f"a {asterisk}star, 2 {asterisk} m", ["*m"]
+    )  # no name of a pseudo-word: no warning
 
 
 def test_a_prompt_is_a_string(backbone):
     with pytest.raises(TypeError, match="not int"):
-        backbone.check_prompt(3, [])
+        check_prompt(backbone.tokenizer, 3, [])
 
 
 def test_an_attributes_word_must_be_one_token(backbone):
