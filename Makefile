@@ -11,7 +11,7 @@ endif
 
 help:
 	@echo "make figures   draw the paper's figures from the records, then run two of the records again"
-	@echo "make test      ruff (rules and format), pytest and every notebook once"
+	@echo "make test      ruff (rules and format), mypy, pytest and every notebook once"
 	@echo "make study     run what the records do not hold yet; stop and go on at any time (WORKERS=n processes)"
 	@echo "make pretrain  train the mini backbone from nothing; stop and go on at any time (hours on a CPU)"
 	@echo "make notebooks run the notebooks anew and keep their output (NAMES=\"05_sliders ...\": only these)"
@@ -31,8 +31,9 @@ figures: .venv/installed
 test: .venv/installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist worksteal
-	@echo "All passed: ruff, the tests and every notebook. The notebooks as run just now: build/notebooks/"
+	@echo "All passed: ruff, mypy, the tests and every notebook. The notebooks as run just now: build/notebooks/"
 
 # One thread a worker, so that two workers give the bits that one gives; a GPU each where there are GPUs.
 # --multi_gpu is how accelerate starts several workers, on a CPU too; it refuses to start one.
@@ -56,7 +57,7 @@ paper:
 	@sh paper/build
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .cache
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .cache
 	rm -f paper/main.aux paper/main.bbl paper/main.blg paper/main.fdb_latexmk paper/main.fls paper/main.log paper/build.log \
 		paper/main.out paper/main.pdf
 	find escd tests benchmarks notebooks -name __pycache__ -o -name .ipynb_checkpoints | while read -r folder; do \

@@ -116,10 +116,11 @@ def read_backbone(
     require_layout(folder)
     # Rounded at the end, so that it keeps the identity of what was read.
     wanted, dtype = dtype, torch.float32 if dtype is torch.bfloat16 else dtype
+    tower = image_tower if isinstance(image_tower, ImageTower) else None
     if image_tower is None and (folder / "image_tower").is_dir():
-        image_tower = load_network(ImageTower, folder / "image_tower", dtype)
-    elif image_tower is not None and not isinstance(image_tower, ImageTower):
-        image_tower = open_clip_tower(image_tower, dtype)
+        tower = load_network(ImageTower, folder / "image_tower", dtype)
+    elif image_tower is not None and tower is None:
+        tower = open_clip_tower(image_tower, dtype)
     configs = sorted(Path(filters or folder).glob("filters/*/config.json"))
     if filters is not None and not configs:
         raise FileNotFoundError(
@@ -135,7 +136,7 @@ def read_backbone(
         scheduler=DDIMScheduler.from_pretrained(
             folder / "scheduler", local_files_only=True, clip_sample=False
         ),
-        image_tower=image_tower,
+        image_tower=tower,
         filters={path.parent.name: load_network(AttributeFilter, path.parent, dtype) for path in configs},
         name=name or folder.resolve().name,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin, schedulers
@@ -62,8 +63,9 @@ def load_scheduler(folder: str | Path) -> SchedulerMixin:
     index = Path(folder) / "model_index.json"
     named = read_object(index).get("scheduler")
     name = named[1] if isinstance(named, list) and len(named) == 2 else None
-    kind = getattr(schedulers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    kind: Any = getattr(schedulers, name, None) if isinstance(name, str) else None
+    known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    if not known:
         raise ValueError(f"{index}: scheduler must name one of diffusers' schedulers, not {named!r}")
     return kind.from_pretrained(Path(folder) / "scheduler", local_files_only=True)
 

@@ -6,7 +6,7 @@ run without gradients, and what the encoder makes of a noised picture can be kep
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ def _time(unet: UNet2DConditionModel, t: Tensor, dtype: torch.dtype) -> Tensor:
 class _Path(nn.Module):
     """A way through the UNet as a module, so that `functional_call` can exchange its weights."""
 
-    def __init__(self, unet: UNet2DConditionModel, path: object) -> None:
+    def __init__(self, unet: UNet2DConditionModel, path: Callable) -> None:
         super().__init__()
         self.unet, self.path = unet, path
 
@@ -77,7 +77,7 @@ class _Path(nn.Module):
 
 
 def with_weights(
-    path: object, unet: UNet2DConditionModel, weights: Mapping[str, Tensor], *inputs: object
+    path: Callable, unet: UNet2DConditionModel, weights: Mapping[str, Tensor], *inputs: object
 ) -> Tensor | list[Tensor]:
     """`down_path` or `up_path` of `unet` with some of its weights exchanged, by their names in the UNet."""
     named = {f"unet.{name}": w for name, w in weights.items()}

@@ -27,7 +27,7 @@ class Model:
     """Where a named backbone comes from: a folder, or a hub repository at a pinned revision."""
 
     folder: Path | None = None
-    repository: str | None = None
+    repository: str = ""
     revision: str | None = None
     variant: str | None = None  # of the weight files, as diffusers names it
 
@@ -73,7 +73,7 @@ def fetch(model: Model) -> Path:
     What cannot be used is refused before the download, where the hub says what there is.
     """
     listed = _hub_files(model)
-    variants = VARIANTS if model.variant is None else (f".{model.variant}",)
+    variants: Sequence[str] = VARIANTS if model.variant is None else (f".{model.variant}",)
     if listed is not None:
         variants = _readable_variants(model, listed, variants)
     patterns = ["model_index.json", "tokenizer/*", "scheduler/*", "image_tower/*", "filters/*"]

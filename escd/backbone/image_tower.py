@@ -73,12 +73,10 @@ class ImageTower(ModelMixin, ConfigMixin):
 
 def _tower_config(model_cfg: Mapping | str) -> dict:
     """ImageTower's arguments from open_clip's model configuration, or from the name of one."""
-    if isinstance(model_cfg, str):
-        found = get_model_config(model_cfg)
-        if found is None:
-            raise ValueError(f"open_clip knows no model {model_cfg!r}")
-        model_cfg = found
-    vision = dict(model_cfg["vision_cfg"])
+    described = get_model_config(model_cfg) if isinstance(model_cfg, str) else model_cfg
+    if described is None:
+        raise ValueError(f"open_clip knows no model {model_cfg!r}")
+    vision = dict(described["vision_cfg"])
     known = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
     if foreign := sorted(set(vision) - set(known)):
         raise ValueError(
@@ -86,8 +84,8 @@ def _tower_config(model_cfg: Mapping | str) -> dict:
         )
     return {
         **vision,
-        "embed_dim": model_cfg["embed_dim"],
-        "quick_gelu": model_cfg.get("quick_gelu", False),
+        "embed_dim": described["embed_dim"],
+        "quick_gelu": described.get("quick_gelu", False),
     }
 
 

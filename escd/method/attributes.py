@@ -43,7 +43,7 @@ class Attribute:
             )
         if self.recipe is None:
             of_half = {"encoder": "shape", "decoder": "appearance"}
-            object.__setattr__(self, "recipe", of_half.get(half_named(self.part)))
+            object.__setattr__(self, "recipe", of_half.get(half_named(self.part) or ""))
 
 
 # "we fine-tune only the encoder part ... for shape; for appearance, solely the decoder" (Attribute-aware

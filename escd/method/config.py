@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ..backbone.halves import half_of
 from ..backbone.model import Backbone
@@ -165,7 +166,7 @@ class TuningConfig:
         attribute: Attribute | str,
         part: str | None = None,
         backbone: Backbone | None = None,
-        **changes: object,
+        **changes: Any,
     ) -> TuningConfig:
         """The configuration for an attribute, with `changes` of its fields.
 
@@ -188,7 +189,7 @@ class TuningConfig:
         ranked = given.get("rank") is not None
         optimizer = given.get("optimizer", "adamw" if ranked else OPTIMIZER)
         rate = RATES[optimizer][recipe][half] if optimizer in OPTIMIZERS else 1.0  # refused by its check
-        defaults = {
+        defaults: dict[str, Any] = {
             "attribute": attribute.name,
             "recipe": recipe,
             "part": part,

@@ -83,7 +83,8 @@ def export(customization: Customization, folder: str | Path, name: str | None = 
         if not state:  # a file of an earlier export under this name would be taken for a part of this one
             (folder / file).unlink(missing_ok=True)
     written = [folder / file if state else None for file, state in tensors.items()]
-    return Exported(*written, tuple(left_behind))
+    embedding = folder / f"{stem}-embedding.safetensors"
+    return Exported(written[0], written[1], embedding, tuple(left_behind))
 
 
 def _stem(attribute: str, name: str | None) -> str:
@@ -100,7 +101,7 @@ def _for_diffusers(delta: Mapping[str, Tensor | LowRank]) -> tuple[dict[str, Ten
     left_behind = []
     for name, w in delta.items():
         if len(w.shape) < 2:
-            if w.abs().max() > 0:
+            if not isinstance(w, LowRank) and w.abs().max() > 0:
                 left_behind.append(name)
             continue
         factors = w if isinstance(w, LowRank) else factors_of(w, principal_directions(w.float())[0])

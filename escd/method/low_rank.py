@@ -35,7 +35,7 @@ def low_rank(
         raise ValueError(f"an error is a share between 0 and 1, not {error!r}")
     matrices = {name: w for name, w in customization.delta.items() if len(w.shape) > 1}
     bases = {name: principal_directions(w.float()) for name, w in matrices.items()}
-    if rank is None:
+    if error is not None:
         rank = _rank_at([energy for _, energy in bases.values()], error)
     delta: dict[str, Tensor | LowRank] = {}
     for name, w in customization.delta.items():

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
+
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+if TYPE_CHECKING:
+    from ..backbone.model import Backbone
 
 logger = logging.getLogger(__name__)
 
 
-class MemorySaving:
-    """Mixin of `ESCDPipeline`: offloading of networks, and decoding in slices or tiles."""
+class MemorySaving(DiffusionPipeline):
+    """Base of `ESCDPipeline`: offloading of networks, and decoding in slices or tiles."""
+
+    backbone: Backbone
+    vae: AutoencoderKL
 
     def enable_model_cpu_offload(self, *args: object, **kwargs: object) -> None:
         """Keep each network on the CPU until it is needed. The backbone itself stays where it was loaded."""

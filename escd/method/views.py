@@ -42,7 +42,7 @@ def recoloured(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def reshaped(images: Tensor, generator: torch.Generator) -> Tensor:
     """Images (N, 3, H, W), each turned, mirrored, stretched, enlarged and bent."""
-    n, h, w = len(images), *images.shape[-2:]
+    n, (h, w) = len(images), images.shape[-2:]
     u = torch.rand(n, 6, generator=generator)
     angle, zoom = (u[:, 0] - 0.5) * 1.0, 0.45 + 0.6 * u[:, 1]  # zoom < 1 enlarges
     stretch = torch.exp((u[:, 2] - 0.5) * 0.5)
@@ -192,7 +192,7 @@ def views_of(reference: Reference, config: TuningConfig) -> tuple[Tensor, Tensor
     masks = (reference.whole_frame() if mask is None else mask.to(image)).expand(count, -1, -1, -1)
     chosen = torch.rand(count, generator=generator) < config.augmentation
     changed = chosen.to(image.device)[:, None, None, None]
-    prompts = [PROMPTS[config.recipe]] * count
+    prompts: list[tuple[str, ...]] = [PROMPTS[config.recipe]] * count
     if config.varied:
         images, masks = varied(images, masks, config.recipe, generator)
     if not chosen.any():

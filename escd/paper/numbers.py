@@ -262,7 +262,7 @@ def _rates_in_words(values: Mapping[str, str]) -> list[str]:
         f"More latent channels reconstruct better: with {', '.join(latents[:-1])} and {latents[-1]} of them, "
         f"trained alike on {values['rate.images']} images, the tiles have {each('psnr')} dB and keep "
         f"{each('detail')} % of their high-frequency energy ([figure](figures/autoencoder_rate.png)). `mini` "
-        f"has {LATENT_CHANNELS}, as Stable Diffusion.",
+        f"has {LATENT_CHANNELS}, like Stable Diffusion.",
         "",
     ]
 
