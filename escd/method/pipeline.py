@@ -25,6 +25,7 @@ from torch import Generator, Tensor, nn
 from ..backbone import prompts as reading
 from ..backbone.folder import load_scheduler, write_backbone
 from ..backbone.image_tower import ImageTower
+from ..backbone.layers import encode_layers, layered, layers_of
 from ..backbone.model import Backbone
 from ..backbone.skeleton import own
 from ..files import together
@@ -322,9 +323,7 @@ class ESCDPipeline(
                     scheduler = self._scheduler(num_inference_steps, device)
                     group = Group(
                         rows=rows,
-                        unet=customized(
-                            self.unet, [(self.customizations[t], strength_of[t]) for t in tokens], made
-                        ),
+                        unet=self._unet([(self.customizations[t], strength_of[t]) for t in tokens], made),
                         scheduler=scheduler,
                         x_t=x_T[rows] * scheduler.init_noise_sigma,
                         embeds=self._embeds(asked, pseudo_words, clip_skip, device),
@@ -421,6 +420,19 @@ class ESCDPipeline(
                 logger.warning("the text encoder does not read so far; cut off: %r", cut)
         return texts
 
+    def _unet(
+        self, changes: list[tuple[Customization, float]], made: dict[tuple, Tensor]
+    ) -> diffusers.UNet2DConditionModel:
+        """The UNet with its weights changed, which takes a conditioning for each layer where one has it."""
+        unet = customized(self.unet, changes, made)
+        return layered(unet) if self._layers else unet
+
+    @property
+    def _layers(self) -> int:
+        """How many layers have a conditioning of their own; 0 where no customization needs it."""
+        each = any(c.pseudo_word.ndim == 2 for c in self.customizations.values())
+        return len(layers_of(self.unet)) if each else 0
+
     def _pseudo_words(self, strength_of: Mapping[str, float]) -> dict[str, Tensor]:
         dtype = self.text_encoder.dtype
         return {
@@ -455,7 +467,11 @@ class ESCDPipeline(
         """Text conditioning (B, L, D) of texts, or of what was given in their place, all equally long."""
 
         def encode(texts: list[str]) -> Tensor:
-            encoded = reading.encode(self.tokenizer, self.text_encoder, texts, pseudo_words, clip_skip)
+            given = (self.tokenizer, self.text_encoder, texts, pseudo_words)
+            if self._layers:
+                encoded = encode_layers(*given, self._layers, clip_skip)
+            else:
+                encoded = reading.encode(*given, clip_skip)
             return encoded.to(device, self.unet.dtype)
 
         embeds = {
@@ -464,6 +480,11 @@ class ESCDPipeline(
         }
         longest = max(e.shape[1] for e in embeds.values())
         for name, e in embeds.items():
+            if self._layers and (e.shape[1] < longest or longest % self._layers):
+                raise ValueError(
+                    f"{name} are {e.shape[1]} long; for {self._layers} layers give those of encode_prompt, "
+                    "for the prompt and the negative prompt"
+                )
             if e.shape[1] < longest:  # the empty prompt follows
                 empty = encode([""]).expand(len(e), -1, -1)
                 filling = [empty] * -(-(longest - e.shape[1]) // empty.shape[1])
