@@ -40,9 +40,6 @@ _STYLES = (
     *(f"a {kind} painting in the style of {{}}" for kind in _PAINTINGS),
 )
 TEMPLATES = {"shape": _OBJECTS, "appearance": _STYLES}
-# Beside a class word the papers have one prompt: "{}" is the pseudo-word, {class} the attribute's word.
-DREAMBOOTH_PROMPT = "a {{}} {word}"
-CUSTOM_DIFFUSION_PROMPT = "photo of a {{}} {word}"
 
 # What the papers' references have in common: the image as it is, uniform timesteps, one constant rate.
 _PLAIN = {
@@ -69,8 +66,7 @@ class Method:
     settings: Mapping[str, object] = field(default_factory=dict)
     large: Mapping[str, object] = field(default_factory=dict)  # rates and steps at Stable Diffusion's size
     templates: bool = False  # Textual Inversion's prompts
-    prompt: str = ""  # one prompt with the class word
-    prior: str = ""  # prompt of the class, for prior preservation
+    before_class: str | None = None  # of "a {} class" and, for prior preservation, "a class"; None: neither
 
     def config(
         self,
@@ -113,10 +109,14 @@ class Method:
         }
 
     def _prompts(self, attribute: Attribute, backbone: Backbone | None) -> dict[str, object]:
+        """The prompts of the reference, and that of the class images."""
         word = attribute.word
-        if self.prompt:
-            prompts = {"prompts": (self.prompt.format(word=word),)}
-            return prompts | ({"prior_prompt": self.prior.format(word=word)} if self.prior else {})
+        if self.before_class is not None:
+            article = "an" if word[0] in "aeiou" else "a"
+            return {
+                "prompts": (f"{self.before_class}a {{}} {word}",),
+                "prior_prompt": f"{self.before_class}{article} {word}",
+            }
         if not self.templates or attribute.recipe is None:
             return {}
         templates = TEMPLATES[attribute.recipe]
@@ -161,8 +161,7 @@ _ALL = (
         part="all",
         settings={"start": "rare", "learn_word": False, "batch_size": 1, "views": 1, "prior_images": 200},
         large={"learning_rate": 5e-6, "steps": 400},
-        prompt=DREAMBOOTH_PROMPT,
-        prior="a {word}",
+        before_class="",
     ),
     Method(
         "custom-diffusion",
@@ -172,8 +171,7 @@ _ALL = (
         part="all/kv",
         settings={"start": "rare", "batch_size": 8, "prior_images": 200, **_FLIPPED},
         large={"learning_rate": 8e-5, "word_learning_rate": 8e-5, "steps": 250},
-        prompt=CUSTOM_DIFFUSION_PROMPT,
-        prior="photo of a {word}",
+        before_class="photo of ",
     ),
     Method(
         "p-plus",

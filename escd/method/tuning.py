@@ -192,16 +192,11 @@ def _tune(
                     batch = batches.draw(config.batch_size)
                 else:
                     batch = cache.some(config.batch_size, batches.generator)
-                own = len(batch.t)
-                class_batch = None if prior is None else prior.draw(own)
+                class_batch = None if prior is None else prior.draw(len(batch.t))
                 both = batch if class_batch is None else batch.joined(class_batch)
                 text = _conditioning(backbone, both.prompts, {attribute.token: v}).to(dtype)  # tau(c; v)
                 prediction = predicted(network, change.weights(), both, text, config.conditioning)
-                loss = tuning_loss(prediction[:own], batch, _weight(batch, batches, config))
-                if class_batch is not None:
-                    # L + lambda L_prior (DreamBooth, Eq. 2)
-                    weight = config.prior_weight * _weight(class_batch, batches, config)
-                    loss = loss + tuning_loss(prediction[own:], class_batch, weight)
+                loss = _loss(prediction, batch, class_batch, batches, config)
                 updates.apply(loss, step)
                 losses.append(loss.item())
                 _require_finite(losses, config)
@@ -238,6 +233,22 @@ def _conditioning(backbone: Backbone, prompts: list[str], pseudo_words: dict[str
     if not counts:
         return backbone.encode_prompt(prompts, pseudo_words)
     return encode_layers(backbone.tokenizer, backbone.text_encoder, prompts, pseudo_words, counts[0])
+
+
+def _loss(
+    prediction: Tensor,
+    batch: NoisedViews,
+    class_batch: NoisedViews | None,
+    batches: Batches,
+    config: TuningConfig,
+) -> Tensor:
+    """The loss of the reference's views and, with prior preservation, of the class images, which follow."""
+    loss = tuning_loss(prediction[: len(batch.t)], batch, _weight(batch, batches, config))
+    if class_batch is None:
+        return loss
+    # L + lambda L_prior (DreamBooth, Eq. 2)
+    weight = config.prior_weight * _weight(class_batch, batches, config)
+    return loss + tuning_loss(prediction[len(batch.t) :], class_batch, weight)
 
 
 def tuning_loss(prediction: Tensor, batch: NoisedViews, weight: Tensor) -> Tensor:
