@@ -7,13 +7,14 @@ export GOMP_SPINCOUNT ?= 1000
 export KMP_BLOCKTIME ?= 1
 endif
 
-.PHONY: help figures test study pretrain lab paper clean
+.PHONY: help figures test study pretrain notebooks lab paper clean
 
 help:
 	@echo "make figures   draw the paper's figures from the records, then run two of the records again"
 	@echo "make test      ruff (rules and format), pytest and every notebook once"
 	@echo "make study     run what the records do not hold yet; stop and go on at any time (WORKERS=n processes)"
 	@echo "make pretrain  train the mini backbone from nothing; stop and go on at any time (hours on a CPU)"
+	@echo "make notebooks run the notebooks anew and keep their output (NAMES=\"05_sliders ...\": only these)"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make paper     build paper/main.pdf (needs LaTeX)"
 	@echo "make clean     remove caches and build outputs; .venv and runs/ (training state) stay"
@@ -43,6 +44,10 @@ study: .venv/installed
 
 pretrain: .venv/installed
 	$(PY) -m escd.pretrain
+
+# Their outputs are committed; `make test` runs copies and leaves these as they are.
+notebooks: .venv/installed
+	HF_HUB_OFFLINE=1 $(PY) .ci/notebooks $(NAMES)
 
 lab: .venv/installed
 	$(PY) -m jupyterlab --notebook-dir=notebooks

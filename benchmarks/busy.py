@@ -18,7 +18,7 @@ import time
 from escd.waiting import SPIN
 
 BEFORE, AFTER = "as PyTorch comes", "as escd sets it"
-# A process that tunes whenever it is told to. What is imported first decides who sets how threads wait.
+# A process that tunes on request. The first import decides how threads wait.
 PROCESS = """
 import {first}, sys, warnings
 import escd
@@ -42,11 +42,11 @@ def start(way: str) -> subprocess.Popen:
         [sys.executable, "-c", code],
         env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
-    told(process)
+    request(process)
     return process
 
 
-def told(process: subprocess.Popen) -> None:
+def request(process: subprocess.Popen) -> None:
     """Wait until the process says something; RuntimeError if it ends instead."""
     if not process.stdout.readline():
         raise RuntimeError(f"a process that tunes ended with {process.wait()}")
@@ -59,7 +59,7 @@ def seconds(processes: list[subprocess.Popen], steps: int) -> float:
         process.stdin.write(f"{steps}\n")
         process.stdin.flush()
     for process in processes:
-        told(process)
+        request(process)
     return time.perf_counter() - begun
 
 

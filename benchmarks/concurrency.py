@@ -43,7 +43,7 @@ def written_in_place(pipe: escd.ESCDPipeline) -> Iterator[None]:
 
 
 def seconds(pipe: escd.ESCDPipeline, steps: int) -> float:
-    """Processor time of one picture."""
+    """Processor time of one image."""
     start = time.process_time()
     pipe(PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(0))
     return time.process_time() - start

@@ -1,6 +1,6 @@
 """Where a step of `mini`'s UNet's training goes: `python benchmarks/pretraining.py`.
 
-The parts of a step take turns, round by round: painting pictures, encoding them, reading their features,
+The parts of a step take turns, round by round: rendering images, encoding them, extracting their features,
 the UNet's way there and back, the optimiser with the average. The arithmetic reached is that of the UNet's
 way there and back, beside what one large matrix product of the same type reaches on as many threads.
 """
@@ -50,8 +50,8 @@ def main() -> None:
     average = EMAModel(learning)
     fresh = arguments.batch // stage.reuse
     index = torch.arange(fresh)
-    pictures = quartets(stage.world, index).image
-    latents = stage._encode(pictures)
+    images = quartets(stage.world, index).image
+    latents = stage._encode(images)
     step = stage.batch(0, arguments.batch)
 
     def learn() -> None:
@@ -64,9 +64,9 @@ def main() -> None:
         average.step(learning)
 
     parts: dict[str, Callable[[], object]] = {
-        f"painting {fresh} pictures": lambda: quartets(stage.world, index),
-        "the autoencoder's latents": lambda: stage._encode(pictures),
-        "features for the filters": lambda: stage._features(pictures, latents, 0),
+        f"rendering {fresh} images": lambda: quartets(stage.world, index),
+        "the autoencoder's latents": lambda: stage._encode(images),
+        "features for the filters": lambda: stage._features(images, latents, 0),
         "UNet and filters, forward and backward": learn,
         "AdamW and the average": follow,
     }

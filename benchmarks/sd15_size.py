@@ -66,15 +66,15 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class SizeConfig:
-    """A backbone of this size with random weights: a few steps of either attribute, and two pictures."""
+    """A backbone of this size with random weights: a few steps of either attribute, and two images."""
 
     size: str = "sd15"
+    dtype: str = "float32"
     pixels: int = 256
     steps: int = 3
-    # Differently augmented views to be encoded first; the recipe has more of them.
-    views: int = 8
     sampler_steps: int = 2
-    dtype: str = "float32"
+    # Differently augmented views, encoded before the first step; the recipe has more of them.
+    views: int = 8
     seed: int = 0
 
 
@@ -114,24 +114,27 @@ def peak(device: torch.device) -> float:
 
 def measure(config: SizeConfig, device: torch.device) -> dict[str, Any]:
     """Parameters in millions, each stage's seconds and peak GB, customizations' MB in full and at ranks."""
-    found: dict[str, Any] = {"seconds": {}, "peak_gb": {}, "file_mb": {}}
+    measured: dict[str, Any] = {"seconds": {}, "peak_gb": {}, "file_mb": {}}
     start = time.perf_counter()
 
     def done(stage: str) -> None:
         nonlocal start
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found["seconds"][stage] = time.perf_counter() - start
-        found["peak_gb"][stage] = peak(device)
-        print(f"{stage:<24} {found['seconds'][stage]:7.1f} s, {found['peak_gb'][stage]:5.1f} GB", flush=True)
+        measured["seconds"][stage] = time.perf_counter() - start
+        measured["peak_gb"][stage] = peak(device)
+        print(
+            f"{stage:<24} {measured['seconds'][stage]:7.1f} s, {measured['peak_gb'][stage]:5.1f} GB",
+            flush=True,
+        )
         start = time.perf_counter()
 
     backbone = random_backbone(config, device)
-    found["parameters_m"] = {
+    measured["parameters_m"] = {
         part: sum(p.numel() for p in parameters_of(backbone.unet, part).values()) / 1e6
         for part in ("all", "encoder", "mid", "decoder")
     }
-    found["mb_at_rank"] = {
+    measured["mb_at_rank"] = {
         part: {str(rank): megabytes_at(parameters_of(backbone.unet, part), rank) for rank in RANKS}
         for part in ("encoder", "decoder")
     }
@@ -150,7 +153,7 @@ def measure(config: SizeConfig, device: torch.device) -> dict[str, Any]:
             file = Path(folder) / f"{name}.safetensors"
             learnt.save(file)
             del learnt
-            found["file_mb"][name] = file.stat().st_size / 1e6
+            measured["file_mb"][name] = file.stat().st_size / 1e6
             loaded[name] = escd.load_customization(file, backbone)
             done(f"{name}: save and load")
     pipe = escd.ESCDPipeline(backbone, **loaded)
@@ -162,7 +165,7 @@ def measure(config: SizeConfig, device: torch.device) -> dict[str, Any]:
     )
     done(f"generate: {config.sampler_steps} steps")
     assert out.images[0].size == (config.pixels, config.pixels)
-    return found
+    return measured
 
 
 def main() -> None:
@@ -175,17 +178,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--records", type=Path, metavar="FOLDER", help="keep what is measured there")
     arguments = parser.parse_args()
-    config = SizeConfig(arguments.size, arguments.pixels, arguments.steps, dtype=arguments.dtype)
+    config = SizeConfig(arguments.size, pixels=arguments.pixels, steps=arguments.steps, dtype=arguments.dtype)
     device = torch.device(arguments.device)
-    found = records.measured(
+    measured = records.measured(
         config, lambda config: measure(config, device), device=device, folder=arguments.records
     )
-    millions = {part: round(count, 1) for part, count in found["parameters_m"].items()}
-    files = {name: round(size) for name, size in found["file_mb"].items()}
+    millions = {part: round(count, 1) for part, count in measured["parameters_m"].items()}
+    files = {name: round(size) for name, size in measured["file_mb"].items()}
     print(f"parameters in millions {millions}; files in MB {files}")
-    for part, sizes in found["mb_at_rank"].items():
+    for part, sizes in measured["mb_at_rank"].items():
         print(f"{part} at a rank, MB: " + ", ".join(f"{rank}: {mb:.1f}" for rank, mb in sizes.items()))
-    print(f"the most memory: {max(found['peak_gb'].values()):.1f} GB")
+    print(f"the most memory: {max(measured['peak_gb'].values()):.1f} GB")
 
 
 if __name__ == "__main__":

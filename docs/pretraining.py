@@ -15,7 +15,7 @@ from escd.pretrain import trials
 from escd.pretrain.__main__ import STAGES, WEIGHTS
 
 README = records.ROOT / "escd" / "pretrain" / "README.md"
-# What a stage learns, and from what.
+# Stage -> (network, training data).
 STAGE_DATA = {
     "autoencoder": (
         "autoencoder, 64 x 64 px to latents of 16 x 16",
@@ -25,9 +25,9 @@ STAGE_DATA = {
     "towers": ("image tower, against the frozen text tower", "images with captions; pairs of one attribute"),
     "unet": ("UNet and both attribute filters", "latents with captions, 5 of 8 with a pseudo-word"),
 }
-# How the name of a GPU begins; of a CPU training.json has the instruction set.
+# Beginnings of GPU names; for a CPU, training.json has the instruction set.
 GPUS = ("NVIDIA", "AMD", "Tesla")
-HELD_OUT_PAIRS = 256  # images in the batch on which TowerStage is scored; each kind of pair has half of them
+HELD_OUT_PAIRS = 256  # images in the batch that scores TowerStage; each kind of pair has half of them
 
 
 def newest(kind: str, **config: Any) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def newest(kind: str, **config: Any) -> dict[str, Any]:
 
 
 def scores(stage: str, last: dict[str, float]) -> tuple[str, str]:
-    """The held-out scores of a stage that ships, and what chance or the simplest answer scores."""
+    """Held-out scores of a shipped stage, and the score of chance or of the simplest answer."""
     obeyed = newest("obedience", backbone="mini")
     shapes, patterns = len(obeyed["by_shape"]), len(obeyed["by_pattern"])
     if stage == "autoencoder":
@@ -60,7 +60,7 @@ def scores(stage: str, last: dict[str, float]) -> tuple[str, str]:
 
 
 def time_by_device(runs: list[dict[str, Any]]) -> str:
-    """How long the trainings of a stage took, first to last, on each kind of device."""
+    """The training time of a stage on each kind of device."""
     seconds: dict[str, float] = defaultdict(float)
     for run in runs:
         where = run["environment"]
@@ -79,7 +79,7 @@ def percent(share: float) -> str:
 
 
 def stages_table() -> str:
-    """A row for each stage: what it learns from, how long it took, and what came out."""
+    """A row for each stage: its data, training time and scores."""
     training = json.loads((WEIGHTS / "training.json").read_text())
     lines = [
         "| stage | learns | from | images: recipe | shipped | time, shipped | held-out score | chance |",
@@ -96,11 +96,11 @@ def stages_table() -> str:
 
 
 def curve_table() -> str:
-    """What the UNet obeyed at some checkpoints of its training."""
-    found = sorted(records.all("curve"), key=lambda r: r.config["images"])
-    most = max(r.config["references"] for r in found)
-    found = [r for r in found if r.config["references"] == most]
-    shown = [found[k * (len(found) - 1) // 3] for k in range(4)]
+    """Prompts obeyed by the UNet at some checkpoints of its training."""
+    curve = sorted(records.all("curve"), key=lambda r: r.config["images"])
+    most = max(r.config["references"] for r in curve)
+    curve = [r for r in curve if r.config["references"] == most]
+    shown = [curve[k * (len(curve) - 1) // 3] for k in range(4)]
     names = ("background", "colours", "shape", "pattern")
     lines = ["| UNet, images | " + " | ".join(names) + " |", "|--:|" + "--:|" * len(names)]
     for record in shown:

@@ -27,8 +27,9 @@ from .method.config import TuningConfig
 from .method.cost import require_memory, time_in_words, tuning_cost
 from .method.customization import Customization, load_customization, steps_of
 from .method.export import export
+from .method.inputs import MOST
 from .method.low_rank import low_rank, megabytes_at
-from .method.pipeline import MOST, ESCDPipeline
+from .method.pipeline import ESCDPipeline
 from .method.tuning import customize
 from .records import sha256
 

@@ -1,4 +1,4 @@
-"""How a command ends when it is told to: by Ctrl-C, by SIGTERM, or by SIGHUP when its terminal is closed."""
+"""Ending a command by Ctrl-C, by SIGTERM, or by SIGHUP when its terminal is closed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ WORDS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 
 
 class Ending:
-    """While it is open, any of the signals raises KeyboardInterrupt, so that there is one way to end.
+    """A context in which each of the signals raises KeyboardInterrupt.
 
-    Once `after_step` has been called there is something to keep: from then on the first signal is only noted,
-    `after_step` asks for the end, and what follows (such as saving) is not disturbed. A second one raises.
+    After the first `after_step` there is a result to keep: then the first signal is only stored, `after_step`
+    returns True, and later work (such as saving) is not interrupted. A second signal raises.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._learnt = False
         self._before: dict[signal.Signals, object] = {}
-        # Writing to a terminal that was closed is an error; to what else stands there it is not.
+        # Writing to a closed terminal is an error; writing to a file or pipe is not.
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     @property
@@ -36,22 +36,22 @@ class Ending:
         return WORDS[(self.signal or signal.SIGINT).name]
 
     def after_step(self, _step: int, _loss: float) -> bool:
-        """The callback of `escd.customize`: whether it is to end here."""
+        """The callback of `escd.customize`: whether to stop here."""
         self._learnt = True
         return self.signal is not None
 
     def __enter__(self) -> Ending:
-        if threading.current_thread() is threading.main_thread():  # Python lets no other set a handler
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             for each in (getattr(signal, name) for name in WORDS if hasattr(signal, name)):
                 if signal.getsignal(each) is not signal.SIG_IGN:  # such as under nohup
-                    self._before[each] = signal.signal(each, self._told)
+                    self._before[each] = signal.signal(each, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
         for each, handler in self._before.items():
             signal.signal(each, handler)
 
-    def _told(self, number: int, _frame: FrameType | None) -> None:
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
         again, self.signal = self.signal is not None, signal.Signals(number)
         if self.signal.name == "SIGHUP":
             nothing = os.open(os.devnull, os.O_WRONLY)
@@ -62,9 +62,9 @@ class Ending:
 
 
 def run_command(main: Callable[[], object]) -> NoReturn:
-    """Run a command that can be started again at any time, and leave the process with its exit code.
+    """Run a command that can be restarted at any time, and exit with its code.
 
-    Told to end, it says so in one line instead of a traceback: what it finished before is stored.
+    After a signal it prints one line instead of a traceback; finished results are stored.
     """
     with Ending() as ending:
         try:

@@ -1,8 +1,8 @@
-"""One way to write a file: whole or not at all.
+"""Atomic writing of files.
 
-What is written goes to a folder of its own beside the file and takes the file's place when it is finished. A
-reader, a second writer, a full disk and a killed process find the old file or the new one, never half of one.
-A folder that a killed process left behind is removed by the next writer there.
+A file is written in a temporary folder beside its place and renamed when it is complete. After a full disk
+or a killed process, and for other readers and writers, there is the old file or the new one, never a part of
+one. The next writer removes temporary folders that a killed process left behind.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ from pathlib import Path
 import psutil
 from safetensors import SafetensorError, safe_open
 
-DAY = 24 * 3600  # seconds after which the unfinished files of another machine are given up
+DAY = 24 * 3600  # seconds after which unfinished files of another machine are removed
 UNFINISHED = re.compile(r"\.escd-([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")  # machine, process, any
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
 @contextmanager
 def whole(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """A path of the same name to write to; what is there becomes `path` when the block ends well.
+    """A temporary path of the same name; its file replaces `path` when the block ends without an error.
 
-    A new file has the mode that the umask gives, an old one keeps its own. Without `overwrite`,
-    FileExistsError is raised when there is a file at `path` by then. Raises OSError for a path that cannot be
-    written.
+    A new file has the mode of the umask, an existing one keeps its mode. Without `overwrite`, raises
+    FileExistsError when there is a file at `path` by then. Raises OSError for a path that cannot be written.
     """
     path = _regular(path)
     with _beside(path.parent) as scratch:
@@ -50,10 +49,10 @@ def whole(path: str | Path, *, overwrite: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def together(folder: str | Path) -> Iterator[Path]:
-    """A folder to write to; when the block ends well, its files move to `folder`, which is made if need be.
+    """A temporary folder; when the block ends without an error, its files move to `folder`.
 
-    Nothing moves before all of it is written. Each file is replaced at once, those that name other files
-    (JSON, and what lies higher) last.
+    `folder` is created if missing. Files move only when all are written; files that refer to others (JSON,
+    and files in higher folders) move last.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,13 +67,13 @@ def together(folder: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8 atomically."""
     with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def require_writable(path: str | Path, size: int = 0) -> None:
-    """Raise OSError where a file of `size` bytes cannot be written: to ask before the work for it is done."""
+    """Raise OSError if a file of `size` bytes cannot be written: a check before long work."""
     named, path = Path(path), _regular(path)
     if os.path.exists(path) and not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, "the file there may not be changed", str(named))
@@ -91,7 +90,7 @@ def require_writable(path: str | Path, size: int = 0) -> None:
 
 
 def require_folder(folder: Path) -> None:
-    """Raise OSError where no files can be written to a folder, which need not be there yet."""
+    """Raise OSError if no files can be written to a folder, which need not exist yet."""
     there = next((each for each in (folder, *folder.parents) if os.path.exists(each)), folder)
     if not os.path.isdir(there):
         raise NotADirectoryError(f"{there} is no folder to write to")
@@ -99,7 +98,7 @@ def require_folder(folder: Path) -> None:
 
 
 def save_unused(path: Path, save: Callable[[Path], object]) -> Path:
-    """Write the first of the names `path`, `path`-2, `path`-3, ... that no file has; returns it."""
+    """Write to the first unused name of `path`, `path`-2, `path`-3, ...; returns it."""
     for candidate in _numbered(path):
         if os.path.lexists(candidate):
             continue
@@ -112,10 +111,10 @@ def save_unused(path: Path, save: Callable[[Path], object]) -> Path:
 
 
 def save_elsewhere(path: Path, save: Callable[[Path], object]) -> Path:
-    """Write what could not be written to `path` under a name that works, and return that.
+    """Save a result whose `path` cannot be written under another name, and return that.
 
-    Tried are the same folder, the current one, the home folder and the one for temporary files, each with the
-    file's own name and with a short one. Raises the last OSError when none of them works.
+    Tries the same folder, the current one, the home folder and the one for temporary files, each with the
+    file's own name and with a short one. Raises the last OSError if all of them fail.
     """
     folders = (path.parent, Path("."), Path(os.path.expanduser("~")), Path(tempfile.gettempdir()))
     for folder in dict.fromkeys(folders):
@@ -129,24 +128,24 @@ def save_elsewhere(path: Path, save: Callable[[Path], object]) -> Path:
 
 @contextmanager
 def _beside(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder`, named after this process, for as long as the block is open."""
+    """A temporary folder in `folder`, named after this process, while the block is open."""
     _sweep(folder)
     scratch = folder / f".escd-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         scratch.mkdir()
     except OSError as error:
-        error.filename = str(folder)  # the name that the caller knows
+        error.filename = str(folder)  # the caller's name for it
         raise
     try:
         yield scratch
-    except SafetensorError as error:  # which is no OSError, whatever the disk said
+    except SafetensorError as error:  # not an OSError, even for a full disk
         raise OSError(f"cannot write to {folder}: {error}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # what cannot be removed now is swept later
+        shutil.rmtree(scratch, ignore_errors=True)  # the next writer removes the rest
 
 
 def _try(folder: Path, name: str, named: Path) -> None:
-    """Make an empty file of that name beside the files of a folder: the system itself says what it takes."""
+    """Create an empty file of that name in a temporary folder; OSError if the system refuses it."""
     try:
         with _beside(folder) as scratch:
             (scratch / name).touch()
@@ -155,14 +154,14 @@ def _try(folder: Path, name: str, named: Path) -> None:
 
 
 def _machine() -> str:
-    """Eight digits for the machine, and on Linux for the container: where a process's number means one."""
+    """Eight hex digits for the machine and, on Linux, the container: the scope of process numbers."""
     space = Path("/proc/self/ns/pid")
     processes = os.readlink(space) if space.is_symlink() else ""
     return hashlib.sha256(f"{platform.node()} {processes}".encode()).hexdigest()[:8]
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes that no longer run have left unfinished in a folder."""
+    """Remove the temporary folders of processes that no longer run."""
     for left in folder.glob(".escd-*"):
         if (name := UNFINISHED.fullmatch(left.name)) and _stale(left, name[1], int(name[2])):
             shutil.rmtree(left, ignore_errors=True)  # another process may be removing it as well
@@ -187,10 +186,10 @@ def _regular(path: str | Path) -> Path:
 
 
 def _settle(unfinished: Path, path: Path, scratch: Path) -> None:
-    """Give a finished file the mode it is to have, and have the disk hold it before it gets its name."""
+    """Flush a finished file to the disk and set its mode, before it gets its name."""
     with unfinished.open("r+b") as file:
         os.fsync(file.fileno())
-    # What safetensors writes has mode 0600; the scratch folder was made under the umask.
+    # safetensors writes files of mode 0600; the scratch folder has the mode of the umask.
     try:
         mode = path.stat().st_mode & 0o777
     except FileNotFoundError:
@@ -200,7 +199,7 @@ def _settle(unfinished: Path, path: Path, scratch: Path) -> None:
 
 
 def _link(unfinished: Path, path: Path) -> None:
-    """Give a finished file its name, unless that is taken."""
+    """Give a finished file its name; FileExistsError if the name is taken."""
     try:
         os.link(unfinished, path)
     except FileExistsError:
@@ -208,7 +207,7 @@ def _link(unfinished: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        if path.exists():  # a file system without links: two writers at once cannot be told apart
+        if path.exists():  # without links, two simultaneous writers are not detected
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
         os.replace(unfinished, path)
 
@@ -221,7 +220,7 @@ def _numbered(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def open_safetensors(path: str | Path) -> Iterator[safe_open]:
-    """A safetensors file, open for reading; ValueError when it is none, or is cut short."""
+    """A safetensors file, open for reading; ValueError for another or an incomplete file."""
     try:
         with safe_open(path, "pt") as stored:
             yield stored

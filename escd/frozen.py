@@ -96,7 +96,7 @@ def rebuild(value: Any, hint: Any, where: str) -> Any:
 
 @functools.cache
 def _fields(config_class: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The types of a config's fields, and the defaults, as JSON values, of those that have one."""
+    """The types of a config's fields, and their defaults, if any, as JSON values."""
     hints, defaults = typing.get_type_hints(config_class), {}
     for field in dataclasses.fields(config_class):
         where = f"{config_class.__name__}.{field.name}"
@@ -108,7 +108,7 @@ def _fields(config_class: type) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def without_defaults(config: Mapping[str, Any], config_class: type) -> dict[str, Any]:
-    """A config's JSON without the fields that are at their defaults; in nested configs likewise."""
+    """A config's JSON without the fields at their defaults, also in nested configs."""
     hints, defaults = _fields(config_class)
     return {
         name: _nested(value, hints.get(name), without_defaults)
@@ -118,14 +118,14 @@ def without_defaults(config: Mapping[str, Any], config_class: type) -> dict[str,
 
 
 def with_defaults(config: Mapping[str, Any], config_class: type) -> dict[str, Any]:
-    """A stored config's JSON with the fields that its class has gained since; in nested configs likewise."""
+    """A stored config's JSON with the fields that its class has gained since, also in nested configs."""
     hints, defaults = _fields(config_class)
     stored = {name: _nested(value, hints.get(name), with_defaults) for name, value in config.items()}
     return stored | {name: value for name, value in defaults.items() if name not in stored}
 
 
 def _nested(value: Any, hint: Any, change: Callable[[Mapping[str, Any], type], dict[str, Any]]) -> Any:
-    """`value` with `change` made to each config of class `hint` in it."""
+    """`value` with `change` applied to each config of class `hint` in it."""
     arguments = typing.get_args(hint)
     if isinstance(value, dict):
         classes = [choice for choice in (hint, *arguments) if dataclasses.is_dataclass(choice)]
@@ -145,7 +145,7 @@ def _no_path(value: Any, where: str) -> Any:
 
 
 def as_plain(value: Any, where: str) -> Any:
-    """Metrics as JSON values: scalars of numpy and torch become numbers; not-a-number is refused."""
+    """Metrics as JSON values: numpy and torch scalars become numbers. ValueError for NaN and infinity."""
     if isinstance(value, Mapping):
         return {str(name): as_plain(item, f"{where}.{name}") for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Where things lie: the package, the clone around it, and what runs leave behind."""
+"""Paths: the package, the clone around it, and the folder of runs."""
 
 from __future__ import annotations
 

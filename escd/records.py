@@ -1,11 +1,10 @@
-"""One run, one frozen config, one JSON line: the only place the numbers of the paper come from.
+"""Records: one run, one frozen config, one JSON line. All numbers of the paper come from records.
 
-A run is described by a frozen dataclass; the sha256 of the fields that are not at their defaults is its key.
-`get` returns the stored record, or runs and appends one to `figures/records/<kind>.jsonl`, where the kind is
-the config's type: `StudyConfig` is kept in `study.jsonl`, in whatever module it is defined. A record stores
-every field, and its key is made again when it is read: a config may gain fields that have a default, and
-defaults may change, without a record being lost or taken for another. Records never hold a path of the
-machine that made them.
+A frozen dataclass describes a run; the sha256 of its fields that are not at their defaults is its key. `get`
+returns the stored record, or runs and appends one to `figures/records/<kind>.jsonl`. The kind is the class of
+the config, in any module: `StudyConfig` is stored in `study.jsonl`. A record stores every field, and its key
+is computed again when it is read. So a config may gain fields that have a default, and defaults may change;
+old records stay valid. Records contain no paths of a machine.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ from .frozen import as_json, as_plain, rebuild, with_defaults, without_defaults
 from .paths import ROOT
 
 FOLDER = ROOT / "figures" / "records"
-LOCK = ".lock"  # in the records' folder, held by whoever adds to it
+LOCK = ".lock"  # in the records' folder, held while a record is added
 PACKAGES = ("torch", "diffusers", "open_clip_torch", "transformers", "escd")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One finished run: what was asked (`config`), what came out (`metrics`) and where it was run."""
+    """One finished run: its config, its metrics, and the platform it ran on."""
 
     kind: str
-    key: str  # sha256 of kind and config, but for the fields at their defaults
+    key: str  # sha256 of kind and config, without fields at their defaults
     config: dict[str, Any]
     seed: int | None
     metrics: dict[str, Any]
@@ -87,8 +86,8 @@ def _key(config: Mapping[str, Any], config_class: type) -> str:
 def sha256(data: bytes | str | os.PathLike | np.ndarray | torch.Tensor) -> str:
     """sha256 of a file or folder (given as a path), of bytes, or of an array's shape, type and contents.
 
-    A folder's is that of the names and contents of its weights and configs (safetensors, json) but for
-    `training.json`, the account of how they came about.
+    For a folder: over the names and contents of its weights and configs (safetensors, json), without
+    `training.json`, which describes their training.
     """
     if isinstance(data, bytes):
         return hashlib.sha256(data).hexdigest()
@@ -119,14 +118,13 @@ def get(
     again: bool = False,
     learnt: Callable[[], Mapping[str, Mapping[str, Any]]] | None = None,
 ) -> Record:
-    """The stored record of `config`; where there is none, `run(config)` makes its metrics and it is appended.
+    """The stored record of `config`; where there is none, `run(config)` gives its metrics and it is stored.
 
-    `inputs` maps names to sha256 (weights, references): a stored record made from other inputs is out of date
-    and does not count. `device` is where `run` computes; None is the one `load_backbone` chooses by itself.
-    `again`: run and append even where one is stored, as a measurement of speed wants; the newest counts.
-    `learnt` is called after `run` and tells what the record says of the customizations that were scored.
-    Raises KeyError where nothing is stored and there is no `run`; TypeError for a config that is not a frozen
-    dataclass or whose values are not of their types.
+    inputs: names and sha256 of inputs (weights, references); a record of other inputs is out of date and
+    ignored. device: where `run` computes; None is the default of `load_backbone`. again: run and append even
+    where a record is stored, for measurements of speed; the newest counts. learnt: called after `run`,
+    returns `Record.learnt`. Raises KeyError where nothing is stored and `run` is None; TypeError for a config
+    that is not a frozen dataclass or whose values are not of their types.
     """
     folder = FOLDER if folder is None else folder
     key = key_of(config)
@@ -145,7 +143,7 @@ def get(
 def missing(
     configs: Sequence[Any], inputs: Callable[[Any], Mapping[str, str]], *, folder: Path | None = None
 ) -> list[Any]:
-    """The configs for which no record is stored that was made from the inputs `inputs(config)`."""
+    """The configs without a stored record of the inputs that `inputs(config)` returns."""
     folder = FOLDER if folder is None else folder
     stored = {
         kind: {(record.key, frozenset(record.inputs.items())) for record in _read(folder, kind)}
@@ -161,7 +159,7 @@ def measured(
     device: torch.device | str | None = None,
     folder: Path | None = None,
 ) -> Mapping[str, Any]:
-    """The metrics of running a benchmark now, whatever is stored; kept as a record if a folder is given."""
+    """Run a benchmark now, even if it is stored, and return its metrics; with a folder, store a record."""
     if folder is None:
         return run(config)
     return get(config, run, device=device, folder=folder, again=True).metrics
@@ -170,7 +168,7 @@ def measured(
 def all(kind: str | type, *, folder: Path | None = None) -> list[Record]:
     """The newest record of every config of a kind, in the order first run.
 
-    With the config's class, keys and configs are those the class gives now; with its name, as stored.
+    With the config's class, keys and configs are as the class defines them now; with its name, as stored.
     """
     folder = FOLDER if folder is None else folder
     newest: dict[str, Record] = {}
@@ -180,7 +178,7 @@ def all(kind: str | type, *, folder: Path | None = None) -> list[Record]:
 
 
 def config_of(record: Record, config_class: type) -> Any:
-    """The frozen config a record was made from; a field it does not have is at its default.
+    """The frozen config of a record; fields that the record does not have are at their defaults.
 
     Raises TypeError for an unknown or mistyped field, and for a missing one that has no default.
     """
@@ -191,7 +189,7 @@ def config_of(record: Record, config_class: type) -> Any:
 
 
 def same_platform(record: Record, device: torch.device | str | None = None) -> bool:
-    """Whether this process would give the record's bits: machine, instructions, threads, versions."""
+    """Whether this process has the record's platform: machine, instructions, threads, versions."""
     here = platform_of(device)
     return builtins.all(getattr(record, name) == value for name, value in here.items())
 
@@ -199,10 +197,10 @@ def same_platform(record: Record, device: torch.device | str | None = None) -> b
 def differences(
     record: Record, metrics: Mapping[str, Any], tolerance: Mapping[str, float] | None = None
 ) -> list[str]:
-    """What differs between a record's metrics and those of a second run, one line each; empty: none.
+    """The differences between a record's metrics and those of a second run, one line each.
 
-    Without `tolerance` to the bit. With it, a number may differ by `tolerance[name]` (its absolute bound;
-    inside a list or mapping that of the metric which holds it; without a bound nothing is compared).
+    Without `tolerance`, metrics must be equal to the bit. With it, the numbers in the metric `name` may
+    differ by `tolerance[name]`, an absolute bound; a metric without a bound is not compared.
     """
     fresh = as_plain(metrics, "metrics")
     lines = [f"{name}: only in one of the two" for name in sorted(record.metrics.keys() ^ fresh.keys())]
@@ -216,7 +214,7 @@ def differences(
 
 
 def commit(root: Path = ROOT) -> str | None:
-    """git HEAD of the clone, with "-dirty" where the package differs from it; None without one."""
+    """git HEAD of the clone, with "-dirty" if the package differs from it; None outside a clone."""
     if shutil.which("git") is None or not (root / ".git").exists():
         return None
 
@@ -227,12 +225,12 @@ def commit(root: Path = ROOT) -> str | None:
 
     if not git("rev-list", "--all", "--max-count=1"):  # nothing committed yet
         return None
-    # Only the package is asked for: a study appends to figures/records while it runs.
+    # Only the package is checked, because a study changes figures/records while it runs.
     return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "escd") else "")
 
 
 def now() -> str:
-    """The date and the time in UTC, as a record says them."""
+    """Date and time in UTC, in the format of records."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -263,7 +261,7 @@ def _close(one: Any, other: Any, bound: float) -> bool:
 
 
 def platform_of(device: torch.device | str | None) -> dict[str, Any]:
-    """What decides a number's bits besides config, inputs and code."""
+    """What determines the bits of a result besides config, inputs and code."""
     if device is None:
         device = (
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -281,7 +279,7 @@ def platform_of(device: torch.device | str | None) -> dict[str, Any]:
 
 
 def _read(folder: Path, kind: str | type) -> list[Record]:
-    """Every finished line of a kind's file; with a config's class, as that class is now."""
+    """All finished lines of a kind's file; with a config's class, as that class defines them now."""
     path = folder / f"{kind if isinstance(kind, str) else kind_of(kind)}.jsonl"
     if not path.exists():
         return []
@@ -289,12 +287,12 @@ def _read(folder: Path, kind: str | type) -> list[Record]:
 
 
 def _parse(text: bytes, kind: str | type) -> list[Record]:
-    """Records of a file's text; ValueError names the line that is not one."""
+    """The records of a file's text; ValueError names a line that is not a record."""
     config_class, kind = (None, kind) if isinstance(kind, str) else (kind, kind_of(kind))
     names = {field.name for field in dataclasses.fields(Record)}
-    newer = {"date", "learnt"}  # which the oldest records do not have
+    newer = {"date", "learnt"}  # missing in the oldest records
     parsed = []
-    # What follows the last newline is no whole line: the next append removes it.
+    # Text after the last newline is an unfinished line; the next append removes it.
     for number, line in enumerate(text.split(b"\n")[:-1], start=1):
         try:
             fields = json.loads(line)
@@ -329,9 +327,9 @@ def _append(
     again: bool,
     learnt: Mapping[str, Mapping[str, Any]],
 ) -> Record:
-    """Append one line; where another process was quicker, its record is returned.
+    """Append one line; if another process has stored the config meanwhile, return its record.
 
-    The file is written anew under a lock, whole or not at all, so that nobody has to wait to read it.
+    The file is replaced as a whole, under a lock, so readers need no lock.
     """
     record = Record(
         kind=kind_of(config),

@@ -31,7 +31,7 @@ def test_a_run_trains_filters_alone_and_scores_them(tmp_path, monkeypatch):
     metrics = ablation.score(config)
     (stage,) = made
     moved = {n for n, p in stage.module.named_parameters() if not torch.equal(p, stage.before[n])}
-    assert moved and all(n.startswith(("filters.", "tell.")) for n in moved)
+    assert moved and all(n.startswith(("filters.", "probe.")) for n in moved)
     assert set(metrics["errors"]) == set(ATTRIBUTES)
     assert len(metrics["shape"]["silhouette"]) == len(metrics["appearance"]["material"]) == 4
     assert not (tmp_path / "runs" / stage.name).exists(), "no state to be taken for another training's"

@@ -38,27 +38,27 @@ def stage(tiny_folder, folder):
 
 def test_some_images_are_kept_apart(stage, folder):
     assert len(images_to_learn_from(folder)) == 12
-    assert len(stage.unseen) == 1 and len(stage.learnt) == 11 and not set(stage.unseen) & set(stage.learnt)
+    assert len(stage.held_out) == 1 and len(stage.files) == 11 and not set(stage.held_out) & set(stage.files)
 
 
 def test_a_pair_shares_its_attribute_and_the_prompt_says_the_rest(stage):
-    images = torch.stack([stage._open(file) for file in stage.learnt])
+    images = torch.stack([stage._open(file) for file in stage.files])
     whole = stage._features(images, seed=0)
-    for pairs in stage.batch(0, 2 * len(stage.learnt)):
+    for pairs in stage.batch(0, 2 * len(stage.files)):
         token = escd.ATTRIBUTES[pairs.attribute].token
-        assert len(pairs.x_0) == len(pairs.prompts) == len(pairs.embeds_ref) == len(stage.learnt)
+        assert len(pairs.x_0) == len(pairs.prompts) == len(pairs.embeds_ref) == len(stage.files)
         assert all(token in prompt.split() for prompt in pairs.prompts)
         # The first time round a filter reads the images as they are.
         assert torch.allclose(pairs.embeds_ref, whole, atol=1e-4)
         _, failed = foreground_mask(images)
-        assert torch.equal(pairs.known, ~failed)
+        assert torch.equal(pairs.probed, ~failed)
         # Nothing to be denoised is the image itself.
         latents = stage.backbone.encode_images(images)
         assert ((pairs.x_0 - latents).flatten(1).norm(dim=1) > 1e-2).all()
-    # The second time round, views of them, of which a material is not told.
-    again = stage.batch(len(stage.learnt), 2 * len(stage.learnt))
+    # The second time round, views of them, whose material is not probed.
+    again = stage.batch(len(stage.files), 2 * len(stage.files))
     assert all(((pairs.embeds_ref - whole).norm(dim=1) > 0.1).all() for pairs in again)
-    assert not again[1].known.any()
+    assert not again[1].probed.any()
 
 
 def test_filters_learn_what_they_are_shown(stage):
@@ -75,7 +75,7 @@ def test_filters_learn_what_they_are_shown(stage):
         history.append({name: float(value.detach()) for name, value in logs.items()})
     assert idle == []
     assert all(p.grad is None for p in stage.backbone.unet.parameters())
-    for name in ("shape, told", "appearance, told"):
+    for name in ("shape, probe", "appearance, probe"):
         assert history[-1][name] < 0.5 * history[0][name]
 
 

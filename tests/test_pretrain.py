@@ -61,7 +61,7 @@ from escd.pretrain.pairs import (
     pair_captions,
     quartets,
 )
-from escd.pretrain.towers import WIDTH, TowerLoss, save_tokenizer, text_tower
+from escd.pretrain.towers import WIDTH, TowerLoss, load_text_tower, save_tokenizer, text_tower
 from escd.pretrain.unet import BEGUN, UNetStage
 from escd.pretrain.vocabulary import WORDS, learn_merges, make_tokenizer
 from escd.pretrain.words import GROUNDS, WordLoss, draw_captions
@@ -96,6 +96,14 @@ def test_the_text_tower_gives_open_clips_numbers(tmp_path):
         save_text_encoder(model, tmp_path)
         again = CLIPTextModel.from_pretrained(tmp_path)
         assert torch.allclose(again(ids).last_hidden_state, out.last_hidden_state, atol=1e-6)
+
+
+def test_loading_a_frozen_text_tower_draws_no_random_numbers():
+    # A stage's first weights are drawn after it.
+    state = torch.get_rng_state()
+    text = load_text_tower(WEIGHTS, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(p.requires_grad for p in text.parameters())
 
 
 def test_token_ids_do_not_depend_on_chance():
@@ -241,7 +249,8 @@ def test_the_unet_has_as_many_latents_as_the_autoencoder_beside_it(tmp_path):
         assert stage.sample(stage.backbone.encode_prompt(["a star"])).shape == (1, 3, 64, 64)
 
 
-def test_a_grown_unet_trained_further_keeps_its_old_channels(tmp_path):
+def test_a_grown_unet_trained_further_keeps_its_old_channels(tmp_path, monkeypatch):
+    monkeypatch.setattr(unet_module, "BEGUN", 32)
     for name in ("text_encoder", "tokenizer", "image_tower"):
         (tmp_path / name).symlink_to(WEIGHTS / name)
     make_autoencoder(6).save_pretrained(tmp_path / "vae")

@@ -103,6 +103,13 @@ def test_seconds_are_medians_of_the_same_kind_and_device_and_each_part_is_learnt
     assert estimate.seconds([ObedienceConfig(), tuned("f")], "cpu", tmp_path) == (54.5, 1)
 
 
+def test_controls_that_generate_nothing_take_as_long_as_the_ceiling(tmp_path):
+    store(tmp_path, StudyConfig("shape", "a", "floor"), 100.0)
+    store(tmp_path, StudyConfig("shape", "a", "ceiling"), 1.0)
+    controls = [StudyConfig("shape", "b", kind) for kind in ("lossless", "copy")]
+    assert estimate.seconds(controls, "cpu", tmp_path) == (2.0, 0)
+
+
 def test_an_estimate_in_words():
     assert estimate.in_words(0, 7, 0.0, 0) == "all 7 runs are stored"
     assert estimate.in_words(2, 7, 40.0, 0) == "2 of 7 runs are missing: about 40 s"

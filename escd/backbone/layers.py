@@ -50,17 +50,42 @@ def _reads(k: int, count: int) -> Callable[[nn.Module, tuple, dict], tuple]:
     return read
 
 
+def is_layered(pseudo_words: Mapping[str, Tensor]) -> bool:
+    """Whether one of the embeddings has a row for each layer."""
+    return any(v.ndim == 2 for v in pseudo_words.values())
+
+
+def _count(pseudo_words: Mapping[str, Tensor]) -> int:
+    return next(len(v) for v in pseudo_words.values() if v.ndim == 2)
+
+
+def require_layers(embeds: Mapping[str, Tensor], pseudo_words: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for embeds (B, N, D) that are no K L tokens of K layers, or not equally long."""
+    if not is_layered(pseudo_words):
+        return
+    count, lengths = _count(pseudo_words), {e.shape[1] for e in embeds.values()}
+    if len(lengths) > 1 or lengths.pop() % count:
+        raise ValueError(
+            f"a pseudo-word has an embedding for each of {count} layers: as prompt_embeds and "
+            "negative_prompt_embeds give both that this pipeline's encode_prompt returns"
+        )
+
+
 def encode_layers(
     tokenizer: CLIPTokenizerFast,
     text_encoder: CLIPTextModel,
     prompts: Iterable[str] | str,
     pseudo_words: Mapping[str, Tensor],
-    count: int,
     clip_skip: int | None = None,
 ) -> Tensor:
-    """Text conditioning (B, K L, D) of `prompts` for `count` = K layers, joined along the tokens.
+    """Text conditioning (B, K L, D) of `prompts` for K layers, joined along the tokens.
 
-    A pseudo-word's embedding is (K, D), a row for each layer, or (D,), the same for all.
+    A pseudo-word's embedding is (K, D), a row for each layer, or (D,), the same for all; where none has rows,
+    it is the plain (B, L, D). Raises what `prompts.encode` raises.
     """
+    if not is_layered(pseudo_words):
+        return encode(tokenizer, text_encoder, prompts, pseudo_words, clip_skip)
+    count = _count(pseudo_words)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     each = [{token: v[k] if v.ndim == 2 else v for token, v in pseudo_words.items()} for k in range(count)]
     return torch.cat([encode(tokenizer, text_encoder, prompts, words, clip_skip) for words in each], 1)

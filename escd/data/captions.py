@@ -13,12 +13,12 @@ def with_article(phrase: str) -> str:
 def captions_of(
     shape: str, pattern: str | None, colours: Sequence[str], background: str, decoy: str
 ) -> list[str]:
-    """Every form of caption the world knows for one picture, the fullest first (`design`: caption forms).
+    """All forms of caption for one image, the fullest first.
 
-    `shape` is a name of SHAPES or the bare word "shape"; `pattern` is None for an unnamed appearance, which
-    is then called by the bare word "appearance": so a prompt whose pseudo-word has strength zero is a prompt
-    the backbone was trained on. Pseudo-words stand in the same places: shape "*m", or pattern "*a" without
-    colours. `decoy` is the noun that "in the shape of" overrides.
+    shape: a name of SHAPES, or "shape" for an unnamed one. pattern: a name of PATTERNS, or None for an
+    unnamed appearance, which is called "appearance". So a prompt whose pseudo-word has strength 0 is a
+    caption of the training data. Pseudo-words stand in the same places: shape "*m", or pattern "*a" without
+    colours. decoy: the noun that "in the shape of" overrides.
     """
     ground = f" on {with_article(background)} background"
     look = " ".join([pattern, *" and ".join(colours).split()]) if pattern else "appearance"
@@ -42,13 +42,12 @@ def captions_of(
     return captions
 
 
-# The first forms of `captions_of`: they say everything, and either pseudo-word has a place in them.
+# How many of the forms name every attribute and have a place for either pseudo-word: the first ones.
 FULL_FORMS = 4
 
 
-# How often a training step shows each caption: the full ones mostly, the partial ones now and then.
 def draw_caption(captions: Sequence[str], u: float) -> str:
-    """The caption that a uniform number in [0, 1) picks: the first four forms 80 % of the time."""
+    """The caption that a uniform number u in [0, 1) selects: one of the full forms for u below 0.8."""
     if u < 0.8:
         return captions[min(int(u / 0.8 * FULL_FORMS), FULL_FORMS - 1)]
     rest = captions[FULL_FORMS:]

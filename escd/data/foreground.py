@@ -1,4 +1,4 @@
-"""The foreground of a picture on a plain background."""
+"""Segmentation of the foreground of an image on a plain background, without learned parameters."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from skimage.color import rgb2lab
 from skimage.filters import threshold_otsu
 from torch import Tensor
 
-BORDER = 2  # px: width of the frame the background is first read from, for a 64 px image
-FLOOR = 6.0  # CIELAB: nearer than this to the background is background, however clean the picture
-CEILING = 12.0  # CIELAB: farther than this (or 6 noise deviations) is object, whatever Otsu says
-SMALLEST, LARGEST = 0.015, 0.85  # share of the picture an object may cover
-MOST_BORDER = 0.35  # share of the frame an object may touch
+BORDER = 2  # px: width of the frame to which the background is fitted first, for a 64 px image
+FLOOR = 6.0  # CIELAB: a smaller distance from the background is background
+CEILING = 12.0  # CIELAB: a larger distance (and larger than 6 noise deviations) is object
+SMALLEST, LARGEST = 0.015, 0.85  # share of the image that an object may cover
+MOST_BORDER = 0.35  # share of the frame that an object may touch
 LEAST_PLAIN = 0.55  # share of the frame that must lie on the background's colour surface
 
 
@@ -26,11 +26,11 @@ def to_lab(images: Tensor) -> np.ndarray:
 def foreground_mask(images: Tensor) -> tuple[Tensor, Tensor]:
     """Objects on plain or nearly plain backgrounds: masks (N, H, W) bool and `failed` (N,) bool.
 
-    The background is a quadratic colour surface in CIELAB, fitted robustly to the frame of the picture and
-    once more to all that then lies outside the object; the object is what stands off it, above an Otsu
-    threshold held between `FLOOR` and `CEILING` and above the background's own noise. Holes are kept but
-    for specks. A mask has failed where the object is too small or too large, touches too much of the frame,
-    or where the frame is not plain; a failed mask is returned as it was found.
+    The background is a quadratic colour surface in CIELAB, fitted robustly to the frame of the image and
+    again to all pixels outside the object. The object is where the distance from this surface exceeds an
+    Otsu threshold, bounded by `FLOOR`, `CEILING` and the background's noise. Small holes are filled. A mask
+    has failed when the object is too small or too large or touches too much of the frame, or when the frame
+    is not plain.
     """
     labs = to_lab(images)
     pairs = [_one_mask(lab) for lab in labs]
@@ -48,7 +48,7 @@ def _one_mask(lab: np.ndarray) -> tuple[np.ndarray, bool]:
     surface, noise, plain = _robust_surface(lab, basis, frame)
     distance = np.linalg.norm(lab - surface, axis=-1)
     mask = _threshold(distance, noise)
-    # The frame says little about the middle: fit again to everything outside the object and its soft edge.
+    # The frame constrains the middle poorly: fit again to all pixels outside the object and its soft edge.
     outside = ~ndimage.binary_dilation(mask, iterations=2)
     if plain >= LEAST_PLAIN and (outside & frame).sum() > 0.3 * frame.sum():
         surface, noise, _ = _robust_surface(lab, basis, outside)
@@ -76,7 +76,7 @@ def _robust_surface(lab: np.ndarray, basis: np.ndarray, where: np.ndarray) -> tu
     inliers = residual <= max(12.0, float(np.median(residual)))
     for bound in (8.0, 5.0, 5.0):
         ridge = 1e-3 * np.eye(design.shape[1], dtype=np.float32) * inliers.sum() / len(inliers)
-        ridge[0, 0] = 0  # the surface bends only where the pixels say so; its level is free
+        ridge[0, 0] = 0  # the penalty is on slope and bend, not on the level
         a = design[inliers]
         coefficients = np.linalg.solve(a.T @ a + ridge, a.T @ values[inliers])
         residual = np.linalg.norm(values - design @ coefficients, axis=-1)
@@ -93,9 +93,10 @@ def _threshold(distance: np.ndarray, noise: float) -> np.ndarray:
 
 
 def _sharpen(mask: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    """Drop boundary pixels less than half covered, which a low threshold lets in.
+    """Remove boundary pixels that are less than half covered, which a low threshold admits.
 
-    An autoencoder smears an edge over more than one pixel: twice, against what lies within two.
+    Two passes, each comparing with the pixels within two, because an autoencoder blurs an edge over more than
+    one pixel.
     """
     for _ in range(2):
         inner = ndimage.binary_erosion(mask, border_value=1)
@@ -120,9 +121,9 @@ def _components(mask: np.ndarray) -> np.ndarray:
 
 
 def inner(mask: np.ndarray) -> np.ndarray:
-    """A mask (H, W) bool without its outermost pixels, which are mixed with the background.
+    """A mask (H, W) bool without its outermost pixels, whose colour is mixed with the background.
 
-    All of it where the outline is thin: better mixed pixels than hardly any. ValueError for an empty mask.
+    The whole mask where fewer than a quarter of the pixels would remain. ValueError for an empty mask.
     """
     if not mask.any():
         raise ValueError("an empty mask has no appearance")

@@ -1,9 +1,8 @@
-"""Opening a person's image, whatever it is.
+"""Opening an image and its mask as square tensors.
 
-The rule: the whole image is kept. It is turned the way its EXIF says, its colours are converted to sRGB, a
-transparent one is laid on white and its alpha is its mask, its longer side is resized to `size` (with
-antialiasing), and the rest of the square is filled with the median colour of its border. Of an animation the
-first frame is taken.
+The whole image is kept: it is rotated as its EXIF says and converted to sRGB, a transparent one is put on
+white and its alpha is its mask, the longer side is resized to `size` with antialiasing, and the rest of the
+square is filled with the median colour of the border. Of an animation the first frame is used.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Source = str | Path | Image.Image | Tensor
 def open_image(source: Source, size: int) -> Tensor:
     """`source` as (3, size, size) in [-1, 1]: a path, a PIL image, or a tensor (3, H, W) in [-1, 1].
 
-    Raises FileNotFoundError, and ValueError for a file that is no whole image, for one larger than 100
+    Raises FileNotFoundError, and ValueError for a file that is not a complete image, for one larger than 100
     megapixels or smaller than 8 px, and for a tensor that is not an image in [-1, 1].
     """
     return open_image_and_mask(source, size)[0]
@@ -37,8 +36,8 @@ def open_image_and_mask(
 
     `mask` is an image of the same size, white on the subject or with the subject cut out on transparency, or
     a tensor (H, W) or (1, H, W) in [0, 1]; by default the image's own transparency serves, where it has one.
-    Errors as for `open_image`; ValueError also when the mask's size differs from the image's, or nothing is
-    left inside it, and for an image that is fully transparent.
+    Errors as for `open_image`; ValueError also for a mask of another size than the image's or without a white
+    pixel, and for an image that is fully transparent.
     """
     if isinstance(source, Tensor):
         pixels, alpha = _checked_tensor(source), None
@@ -52,7 +51,7 @@ def open_image_and_mask(
         picture = _shrink(picture, size)
         alpha = _to_tensor(picture.getchannel("A")) if picture.mode == "RGBA" else None
         if alpha is not None and alpha.min() >= 0.5:
-            alpha = None  # a haze all over, or rounded corners: no outline
+            alpha = None  # slightly transparent everywhere, or rounded corners: not an outline
         pixels = _to_tensor(_on_white(picture)) * 2 - 1
     if mask is not None:
         alpha = _open_mask(mask, full_size, size)
@@ -72,7 +71,7 @@ def open_image_and_mask(
 
 
 def image_files(folder: Path, *, deep: bool = False) -> list[Path]:
-    """The images in a folder, and with `deep` in those inside it, in the order of their names."""
+    """The images of a folder, with `deep` also of its subfolders, in the order of their names."""
     endings = Image.registered_extensions()
     files = folder.rglob("*") if deep else folder.iterdir()
     return sorted(file for file in files if file.suffix.lower() in endings and file.is_file())

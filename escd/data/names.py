@@ -1,4 +1,4 @@
-"""The words of the labelled world, and what it draws that has no name."""
+"""The names of shapes, patterns, colours and backgrounds, and the families of unnamed ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ UNNAMED_APPEARANCES = (
     "plain",
     "tiles",
 )
-# More of what real materials are made of; only a `varied` world draws them.
+# Families nearer to real materials; only in a `varied` world.
 VARIED_APPEARANCES = (
     "spectral",
     "relief",
@@ -46,12 +46,12 @@ VARIED_APPEARANCES = (
     "strata",
     "planks",
 )
-# Share of a varied world's unnamed outlines that holes, gaps and inner lines are cut out of.
+# Share of a varied world's unnamed outlines that get holes, gaps and inner lines.
 PIERCED_SHARE = 0.45
-# Never drawn by the "train" split: what a backbone is evaluated on must be new to it.
+# Only in the "heldout" split, for evaluation.
 HELDOUT_SHAPES = ("gear", "spiral", "comb")
 HELDOUT_APPEARANCES = ("hexcells", "weave", "target")
-# Words a sub-attribute can be called by; the captions teach each of them.
+# Words for an appearance; each of them occurs in the captions.
 APPEARANCE_WORDS = ("appearance", "texture", "material", "pattern", "colour")
 COLOUR_RGB = {
     "red": (0.86, 0.10, 0.10),

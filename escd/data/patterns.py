@@ -1,4 +1,4 @@
-"""The named patterns of the world, and what textures are made of: grids, noise, palettes."""
+"""The named patterns of the world, and the parts of all textures: grids, noise, palettes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from .random import CounterRNG
 
 
 def pixel_grid(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    axis = torch.arange(size, device=device, dtype=torch.float32) * (
-        SIZE / size
-    )  # in pixels of the 64 px frame
+    """Coordinates x and y (S, S) of the pixels, in pixels of the 64 px frame."""
+    axis = torch.arange(size, device=device, dtype=torch.float32) * (SIZE / size)
     return axis.expand(size, size), axis[:, None].expand(size, size)
 
 
 def turned_grid(d: CounterRNG, size: int, limit: float = math.pi) -> tuple[Tensor, Tensor]:
-    """Pixel coordinates (N, S, S) turned by a random angle within +-limit and shifted."""
+    """Pixel coordinates (N, S, S), rotated by a random angle within +-limit and shifted at random."""
     x, y = pixel_grid(size, d.index.device)
     angle = d.uniform("turn", 1, 1, low=-limit, high=limit)
     shift = d.uniform("shift", 2, 1, 1, high=64.0)
@@ -44,7 +43,7 @@ def smooth_noise(
 
 
 def palette(d: CounterRNG, count: int) -> Tensor:
-    """(N, count, 3): a base colour and its relatives; most palettes are muted, as real materials are."""
+    """Colours (N, count, 3) around a random base colour; most palettes are muted, as real materials are."""
     hue = d.uniform("hue", 1)
     muted = d.uniform("muted", 1) < 0.6
     apart = torch.where(d.uniform("bold", 1) < 0.3, 0.5, 0.08)
@@ -71,21 +70,20 @@ def ramp_colours(level: Tensor, palette: Tensor) -> Tensor:
 
 
 def blended(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """a where share is 0, b where it is 1; colours (N, 3), share (N, S, S)."""
+    """Colours (N, 3, S, S) from a (N, 3), where share (N, S, S) is 0, to b (N, 3), where it is 1."""
     return a[:, :, None, None] + (b - a)[:, :, None, None] * share[:, None]
 
 
 def edge(distance: Tensor) -> Tensor:
-    return (distance + 0.5).clamp(0, 1)  # an edge one pixel wide; `distance` in pixels
+    """Coverage of an edge one pixel wide; distance in pixels, positive on the object's side."""
+    return (distance + 0.5).clamp(0, 1)
 
 
 def as_painted(pattern: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The colours (N,) a named pattern is painted in, its ground first, of the two a caption names, (N,).
+    """The ground and the second colour (N,) of a pattern, from the two that its caption names, (N,).
 
-    A caption's order says nothing: of two colours the dots are the darker. A text tower that has learnt what
-    a caption names hardly tells its first colour from its second, and a UNet that does not know which is the
-    ground gives each a half of the surface, which is no dots but a labyrinth. All other patterns have as much
-    of one as of the other.
+    The order of the colours in a caption has no meaning: dots have the darker one, so that the caption
+    determines which colour is the ground. In all other patterns both colours cover equal areas.
     """
     light = torch.tensor([COLOUR_RGB[name] for name in COLOURS]) @ torch.tensor([0.299, 0.587, 0.114])
     light = light.to(first.device)
@@ -94,14 +92,14 @@ def as_painted(pattern: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, 
 
 
 def _pattern_share(d: CounterRNG, pattern: str, size: int) -> Tensor:
-    """How much of the second colour a named pattern shows at each pixel: (N, S, S) in [0, 1]."""
-    # Three to five pixels of the latents: a finer one they can hold, and a UNet cannot draw. Stripes, which
-    # change in one direction only, may be the finest.
+    """Share of the second colour at each pixel of a named pattern: (N, S, S) in [0, 1]."""
+    # Three to five latent pixels: a UNet does not learn finer patterns. Stripes vary in one direction only,
+    # so they may be finer.
     period = d.uniform("period", 1, 1, low=12.0 if pattern == "striped" else 14.5, high=18.0)
     if pattern == "solid":
         return torch.zeros(len(d), size, size, device=d.index.device)
     if pattern == "striped":
-        # At any angle, a small UNet settles on none: it drew a labyrinth for 99 of 100 prompts.
+        # Near upright: a small UNet does not learn stripes of any angle.
         x, _ = turned_grid(d, size, 0.5)
         return edge(((x % period) - period / 2).abs() - period / 4)
     if pattern == "dotted":
@@ -118,20 +116,22 @@ def _pattern_share(d: CounterRNG, pattern: str, size: int) -> Tensor:
     if pattern == "gradient":
         x, y = pixel_grid(size, d.index.device)
         angle = d.uniform("turn", 1, 1, high=2 * math.pi)
-        # Both ends lie within 12 px of the middle, where most objects show them.
+        # Both ends lie within 12 px of the middle, so that most objects show both colours.
         return (((x - 31.5) * angle.cos() + (y - 31.5) * angle.sin()) / 24 + 0.5).clamp(0, 1)
     if pattern == "zigzag":
         x, y = turned_grid(d, size, 0.4)
         wave = d.uniform("wave", 1, 1, low=17.0, high=22.0)
-        # Steeper bands are narrower ones, measured across.
+        # Steeper bands are narrower across.
         height = ((x % wave) - wave / 2).abs() * d.uniform("steep", 1, 1, low=0.9, high=1.15)
         return edge((((y + height) % period) - period / 2).abs() - period / 4)
     raise ValueError(f"unknown pattern {pattern!r}; known: {', '.join(PATTERNS)}")
 
 
 def cell_grid(d: CounterRNG, size: int, period: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Worley cells: nearest and second nearest distance in cells, and a random number per cell, each (N, S,
-    S)."""
+    """Worley cells: distance to the nearest and second nearest point, and a random number per cell.
+
+    Each (N, S, S); distances in units of `period`.
+    """
     x, y = pixel_grid(size, d.index.device)
     gx, gy = x / period, y / period
     bx, by = gx.floor(), gy.floor()

@@ -1,7 +1,7 @@
-"""Reading a picture as it is meant to be seen: upright, in sRGB, 8 bits a channel, with its transparency.
+"""Reading an image file: upright, in sRGB, with 8 bits per channel and its transparency.
 
-Pillow reads the bytes. What it leaves to its caller is done here: EXIF rotation, ICC profiles, grey values of
-more than 8 bits, and a message that names the format where Pillow does not read one.
+Pillow reads the bytes. This module adds EXIF rotation, ICC profiles, grey values of more than 8 bits, and an
+error that names a format that Pillow does not read.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 
 def open_picture(source: str | Path | Image.Image) -> Image.Image:
-    """A whole, upright picture in 8-bit sRGB: RGBA where something of it is transparent, else RGB.
+    """An upright image in 8-bit sRGB: RGBA if any pixel is transparent, else RGB.
 
     Raises FileNotFoundError, TypeError for another kind of source, and ValueError, with the file's name, for
-    a format that is not read, for damaged data and for a size that is refused.
+    an unsupported format, damaged data, and a size outside MIN_SIDE px to MAX_PIXELS.
     """
     if isinstance(source, Image.Image):
         return _upright(source, "the image")
@@ -50,7 +50,7 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
             raise ValueError(f"{source} is larger than {MAX_PIXELS // 10**6} megapixels") from error
         except MemoryError:
             raise
-        except Exception as error:  # the file is open: this is Pillow about its content
+        except Exception as error:  # the file is open: Pillow cannot read its content
             if kind := _format(head):
                 raise ValueError(_not_read(str(source), kind)) from error
             raise ValueError(f"{source} is not an image, or its beginning is damaged") from error
@@ -84,7 +84,7 @@ def _upright(picture: Image.Image, name: str) -> Image.Image:
         raise ValueError(
             f"{name} is {picture.width} x {picture.height} px; at least {MIN_SIDE} px are needed"
         )
-    if picture.format == "EPS" and getattr(picture, "tile", None):  # its pixels are still to be made
+    if picture.format == "EPS" and getattr(picture, "tile", None):  # its pixels are not rendered yet
         raise ValueError(_not_read(name, "EPS"))
     try:
         picture.load()
@@ -97,7 +97,7 @@ def _upright(picture: Image.Image, name: str) -> Image.Image:
 
 
 def _in_srgb(picture: Image.Image, name: str) -> Image.Image:
-    """A loaded picture in 8-bit sRGB: RGBA where something of it is transparent, else RGB."""
+    """A loaded image in 8-bit sRGB: RGBA if any pixel is transparent, else RGB."""
     profile = picture.info.get("icc_profile")
     if picture.mode.startswith("I") or picture.mode == "F":
         picture = _eight_bits(picture, name)
@@ -121,14 +121,14 @@ def _in_srgb(picture: Image.Image, name: str) -> Image.Image:
 
 
 def _converted(picture: Image.Image, kind: str, profile: bytes, name: str) -> Image.Image:
-    """`picture` (without its alpha), which was of mode `kind`, from its ICC profile's colours to sRGB."""
+    """`picture`, without its alpha, from its ICC profile to sRGB; `kind` is its original mode."""
     try:
         own = ImageCms.ImageCmsProfile(BytesIO(profile))
         if kind != "CMYK":
             grey = kind in ("1", "L", "LA") and own.profile.xcolor_space == "GRAY"
             picture = picture.convert("L" if grey else "RGB")
         return ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError) as error:  # how a broken profile shows, or one of other colours
+    except (ImageCms.PyCMSError, OSError) as error:  # a broken profile, or one of another colour space
         warnings.warn(
             f"the colour profile of {name} cannot be used ({error}): its colours are taken as sRGB",
             stacklevel=2,
@@ -137,7 +137,7 @@ def _converted(picture: Image.Image, kind: str, profile: bytes, name: str) -> Im
 
 
 def _eight_bits(picture: Image.Image, name: str) -> Image.Image:
-    """A grey picture of more than 8 bits, L or LA: Pillow's own conversion would clip, not scale."""
+    """A grey image of more than 8 bits as L or LA, scaled: Pillow's own conversion clips."""
     values = np.asarray(picture, dtype=np.float64)
     full = 1.0 if picture.mode == "F" else 65535.0
     if not ((values >= 0) & (values <= full)).all():  # false for NaN too

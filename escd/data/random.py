@@ -11,6 +11,7 @@ from torch import Tensor
 
 
 def signed(value: int) -> int:
+    """An integer modulo 2**64 as int64."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -29,6 +30,7 @@ def _mix(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def key_of(text: str) -> int:
+    """A 64-bit hash of a name."""
     value = 0xCBF29CE484222325  # FNV-1a: stable over processes, unlike hash()
     for byte in text.encode():
         value = ((value ^ byte) * 0x100000001B3) & ((1 << 64) - 1)
@@ -36,7 +38,7 @@ def key_of(text: str) -> int:
 
 
 class CounterRNG:
-    """Uniform numbers that are a function of (seed, index, name): the same in any batch and on any worker."""
+    """Uniform numbers as a function of (seed, index, name): the same in any batch and on any worker."""
 
     def __init__(self, seed: int, index: Tensor) -> None:
         self.seed = seed

@@ -1,4 +1,8 @@
-"""Outlines of the world: named ones, unnamed families, held-out families; and how they are rasterised."""
+"""Outlines of the world: named shapes, unnamed families, held-out families; and their rasterisation.
+
+An outline is a set of closed contours (N, C, V, 2), y up, in units of the object's half extent. Contours wind
+counter-clockwise; a clockwise contour is a hole.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,8 @@ from .names import SIZE
 from .random import CounterRNG
 
 
-# contour is a hole.
 def present(contours: Tensor) -> Tensor:
-    """Which contours (N, C, V, 2) there are, (N, C, 1, 1): one that is switched off lies in the origin."""
+    """Which contours (N, C, V, 2) are used, (N, C, 1, 1) bool: all points of an unused one are the origin."""
     return (contours != 0).any(-1).any(-1)[..., None, None]
 
 
@@ -197,7 +200,7 @@ def _parts(d: CounterRNG, name: str, count: int, spread: float, low: float, high
 
 
 def _hole(d: CounterRNG, limit: float) -> Tensor:
-    """A clockwise ellipse in half of the pictures, nothing (a point) in the others: (N, 1, 24, 2)."""
+    """A hole (a clockwise ellipse) in half of the images, a point in the others: (N, 1, 24, 2)."""
     size = d.uniform("hole", 2, low=0.12, high=limit) * (d.uniform("holed", 1) < 0.5)
     at = d.uniform("hole at", 2, low=-0.2, high=0.2)
     return _ellipse(at[:, :1], at[:, 1:], size[:, :1], size[:, 1:], torch.zeros_like(at[:, :1])).flip(-2)
@@ -239,7 +242,7 @@ def _limbs(d: CounterRNG) -> Tensor:
 
 
 def _strokes(d: CounterRNG) -> Tensor:
-    """A thick random path with branches, now and then a closed loop: letters, rackets, keys, spectacles."""
+    """A thick random path, half of the time with a closed loop: letters, rackets, keys, spectacles."""
     knots = d.uniform("knots", 6, 2, low=-0.9, high=0.9)
     straight = (d.uniform("straight", 1, 1) < 0.4) * (torch.arange(6, device=d.index.device) % 2 == 0)[
         :, None
@@ -248,7 +251,7 @@ def _strokes(d: CounterRNG) -> Tensor:
     knots = torch.where(straight.bool(), torch.stack([shifted[..., 0], knots[..., 1]], -1), knots)
     width = d.uniform("width", 1, low=0.08, high=0.24).expand(-1, 5)
     present = d.uniform("present", 5) < 0.8
-    present[:, 0] |= ~present.any(1)  # else one picture in some seventy thousand would be empty
+    present[:, 0] |= ~present.any(1)  # otherwise one image in about 70,000 would be empty
     path = _capsule(knots[:, :-1], knots[:, 1:], width, 24) * present[..., None, None]
     at, outer = knots[:, 1], d.uniform("loop", 1, low=0.3, high=0.6)
     looped = (d.uniform("looped", 1) < 0.5)[..., None, None]
@@ -321,9 +324,9 @@ def _comb(d: CounterRNG) -> Tensor:
 
 
 def draw_cuts(d: CounterRNG) -> Tensor:
-    """Lines, round and square holes to be cut out of an outline: (N, 8, 24, 2) in units of its box.
+    """Lines, round and square holes to cut out of an outline: (N, 8, 24, 2) in units of its box.
 
-    Half of the lines run in one direction, as grilles, ribs and teeth do. Lines are 1 to 4 px wide.
+    In half of the images all lines are parallel, as in grilles, ribs and teeth. Lines are 1 to 4 px wide.
     """
     lines, holes = 5, 3
     width = d.uniform("cut width", 1, low=0.025, high=0.085).expand(-1, lines)
@@ -373,8 +376,8 @@ OUTLINES: dict[str, Callable[[CounterRNG], Tensor]] = {
 def rasterise(contours: Tensor, size: int = SIZE, rows_per_pixel: int = 4) -> Tensor:
     """Coverage (N, S, S) in [0, 1] of closed contours (N, C, V, 2) given in pixels, y down; non-zero winding.
 
-    The area of each scan line is exact in x (the accumulation trick of font rasterisers) and sampled
-    ``rows_per_pixel`` times in y. Contours must wind positively around the inside; holes the other way.
+    The area of each scan line is exact in x (accumulated as in font rasterisers) and sampled
+    ``rows_per_pixel`` times in y. Contours wind positively around the filled area, holes negatively.
     """
     n = len(contours)
     start = contours.reshape(n, -1, 2)

@@ -102,7 +102,7 @@ def _brushed(d: CounterRNG, size: int) -> Tensor:
 
 
 def _plain(d: CounterRNG, size: int) -> Tensor:
-    # A colour of no name, almost even: plastic, clay, paint, snow.
+    # An almost even colour without a name: plastic, clay, paint, snow.
     return ramp_colours(0.5 + 0.12 * (smooth_noise(d, "n", size, (4, 8, 32)) - 0.5), palette(d, 3))
 
 
@@ -169,7 +169,7 @@ def _spectrum(d: CounterRNG, name: str, size: int) -> Tensor:
 
 
 def _lit(d: CounterRNG, height: Tensor) -> Tensor:
-    """How bright a surface of this height (N, S, S), in pixels, is under one lamp: (N, S, S) around 1."""
+    """Brightness (N, S, S), around 1, of a surface of this height (N, S, S), in pixels, under one lamp."""
     dy = F.pad(height, (0, 0, 0, 1), mode="replicate").diff(dim=1)
     dx = F.pad(height, (0, 1, 0, 0), mode="replicate").diff(dim=2)
     angle = d.uniform("lamp", 1, 1, high=2 * math.pi)
@@ -195,8 +195,10 @@ def _relief(d: CounterRNG, size: int) -> Tensor:
 
 
 def _lattice(d: CounterRNG, size: int, low: float, high: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells of a lattice, now and then with every other row shifted: place in the cell, in cells, each
-    (N, S, S), and which of two kinds a cell is."""
+    """A lattice, in half of the images with every other row shifted: x and y within the cell, and its parity.
+
+    Each (N, S, S); x and y in units of the cell, from -0.5 to 0.5.
+    """
     x, y = turned_grid(d, size, 0.8)
     period = d.uniform("period", 1, 1, low=low, high=high)
     x, y = x / period, y / (period * d.uniform("tall", 1, 1, low=0.6, high=1.6))

@@ -75,11 +75,11 @@ class Batch:
 class World:
     """The shape x appearance world, deterministic by seed and rendered on the fly.
 
-    seed: two worlds of different seeds share no picture. split: "train", or "heldout", whose unnamed shapes
-    and appearances are of families that no training picture shows. named_shapes, named_appearances: the
-    share of pictures whose factor has a name. varied: with the families of VARIED_APPEARANCES, and with
-    holes, gaps and inner lines in many unnamed outlines. device: where to paint. ``world[i]`` is a
-    `Sample`, ``world.batch`` a `Batch`.
+    seed: worlds of different seeds share no image. split: "train", or "heldout", whose unnamed shapes and
+    appearances are of families that are not in "train". named_shapes, named_appearances: share of images
+    whose factor has a name. varied: add the families of VARIED_APPEARANCES, and holes, gaps and inner lines
+    in many unnamed outlines. device: where images are rendered. ``world[i]`` is a `Sample`, ``world.batch``
+    returns a `Batch`.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class World:
         return mask[:, None], [families[k] for k in kind.tolist()]
 
     def _pierce(self, mask: Tensor, rows: Tensor, contours: Tensor, d: CounterRNG, p: CounterRNG) -> None:
-        """Cut holes, gaps and lines out of some of the outlines `rows`, where at least half is left."""
+        """Cut holes, gaps and lines out of some of the outlines `rows`, if half of the area is left."""
         chosen = d[rows].uniform("pierced") < PIERCED_SHARE
         if not chosen.any():
             return
@@ -162,7 +162,7 @@ class World:
         mask[rows[enough]] = left[enough]
 
     def _posed(self, contours: Tensor, pose: CounterRNG, named: bool, box: Tensor | None = None) -> Tensor:
-        """Contours in pixels, y down: turned, stretched, scaled, and kept inside the frame.
+        """Contours in pixels, y down: rotated, stretched, scaled, and moved within the frame.
 
         box: the contours (N, C, V, 2) whose extent is scaled to the frame; None: `contours` themselves.
         """
@@ -194,8 +194,11 @@ class World:
     def textures(
         self, appearance: Sequence[int] | Tensor
     ) -> tuple[Tensor, Tensor, Tensor, list[list[str]], list[str]]:
-        """RGB (N, 3, S, S) in [0, 1] over the whole frame, pattern (N,), colours (N, 8), colour names in
-        order, family."""
+        """The appearances at these indices, over the whole frame.
+
+        Returns RGB (N, 3, S, S) in [0, 1], pattern (N,), colours (N, 8) bool, and for each image its colour
+        names in order and its family.
+        """
         d = self._draws("appearance", appearance)
         n, families = len(d), PATTERNS + self.appearance_families
         weights = [self.named_appearances / len(PATTERNS)] * len(PATTERNS)
@@ -241,7 +244,7 @@ class World:
         )
 
     def backgrounds(self, background: Sequence[int] | Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """RGB (N, 3, S, S) in [0, 1], label (N,), and the family's word for each."""
+        """The backgrounds at these indices: RGB (N, 3, S, S) in [0, 1], label (N,), and families."""
         d = self._draws("background", background)
         n, size = len(d), self.size
         kind = d.choose("kind", [0.15] * 4 + [0.14, 0.13, 0.13])
@@ -273,11 +276,10 @@ class World:
         background: Sequence[int] | Tensor | None = None,
         pose: Sequence[int] | Tensor | None = None,
     ) -> Batch:
-        """The pictures with these indices; a factor given by name takes its own indices instead.
+        """The images with these indices; a factor that is given by name has its own indices.
 
-        ``world.batch(shape=i, appearance=j, background=k, pose=l)`` is how cross-image pairs are made. A
-        factor that is not given falls back on `indices`, else on the shape's. Raises ValueError when nothing
-        is given.
+        ``world.batch(shape=i, appearance=j, background=k, pose=l)`` gives cross-image pairs. A factor that is
+        not given takes `indices`, or else those of the shape. Raises ValueError when nothing is given.
         """
         base = indices if indices is not None else shape
         if base is None:
@@ -331,8 +333,8 @@ class World:
     def full_frames(self, indices: Sequence[int] | Tensor, layers: int = 4) -> Tensor:
         """Dead leaves (N, 3, S, S) in [-1, 1]: overlapping objects that fill the frame, for the autoencoder.
 
-        Occlusion, scale and texture statistics come much nearer to photographs than one object does (Lee,
-        Mumford and Huang 2001). Half of the frames are a single texture, enlarged or not.
+        Their occlusion, scale and texture statistics are nearer to those of photographs than one object's
+        (Lee, Mumford and Huang 2001). Half of the frames are a single texture, enlarged or not.
         """
         index = torch.as_tensor(indices, device=self.device)
         d = self._draws("leaves", index)

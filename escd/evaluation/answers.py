@@ -58,52 +58,63 @@ def targets_of(batch: Batch) -> dict[str, Tensor]:
     mask, outside = batch.mask[:, 0] > 0.98, batch.mask[:, 0] < 0.02
     ground = _mean(lab, outside)  # (N, 3)
     hidden = _share((lab - ground[:, None, None]).norm(dim=-1) < HIDDEN_WITHIN, mask) > HIDDEN
+    named, single = batch.pattern != NONE, batch.colours.sum(1) == 1
+    faint = _faint(batch, lab, mask, single)
 
-    shape = torch.where(batch.shape == NONE, len(SHAPES), batch.shape)
-    unnamed = (batch.shape == NONE).nonzero()[:, 0]
-    if len(unnamed):
-        known = named_outlines().to(batch.mask.device)
-        alike = measure.iou_matrix(batch.mask[unnamed, 0] > 0.5, known, refined=()).amax(1) >= LIKE_NAMED
-        shape[unnamed[alike]] = IGNORED
-
-    named = batch.pattern != NONE
-    pattern = torch.where(named, batch.pattern, len(PATTERNS))
     like = torch.tensor([family in PATTERN_LIKE for family in batch.appearance_family], device=named.device)
-    single = batch.colours.sum(1) == 1
-    tones, shades = (_lab(rgb).to(lab.device) for rgb in (_colour_table(), _shade_table()))
-    first = batch.colours.int().argmax(1)
-    second = len(COLOURS) - 1 - batch.colours.flip(1).int().argmax(1)
-    pair = torch.stack(
-        [tones[first], torch.where(single[:, None], shades[first], tones[second])], 1
-    )  # (N, 2, 3)
-    nearer = (lab[:, :, :, None] - pair[:, None, None]).norm(dim=-1).argmin(-1) == 1  # (N, H, W): second tone
-    share = _share(nearer, mask)
-    faint = torch.minimum(share, 1 - share) < SHOWN
-    # A gradient between two colours shows neither where the object covers its middle alone.
-    reached = (lab[:, :, :, None] - pair[:, None, None]).norm(dim=-1) < NEAR_NAMED  # (N, H, W, 2)
-    least = torch.minimum(_share(reached[..., 0], mask), _share(reached[..., 1], mask))
-    faint |= (batch.pattern == PATTERNS.index("gradient")) & ~single & (least < SHOWN)
-    solid, gradient = batch.pattern == PATTERNS.index("solid"), batch.pattern == PATTERNS.index("gradient")
     like |= _deviation(lab, mask) < FLAT
-    thick = -F.max_pool2d(-mask[:, None].float(), WIDE, 1, WIDE // 2)  # centres of squares that fit inside
+    solid, gradient = batch.pattern == PATTERNS.index("solid"), batch.pattern == PATTERNS.index("gradient")
+    thick = -F.max_pool2d(-mask[:, None].float(), WIDE, 1, WIDE // 2)  # centres of squares within the mask
     thin = ~thick.flatten(1).any(1)
+    pattern = torch.where(named, batch.pattern, len(PATTERNS))
     pattern[(like & ~named) | (gradient & single) | (named & ~solid & faint) | (thin & ~solid)] = IGNORED
 
     colours = torch.cat([batch.colours, ~named[:, None]], 1).float()
+    tones = _lab(_colour_table()).to(lab.device)
     distance = (lab[:, :, :, None] - tones).norm(dim=-1).amin(-1)
     nameable = _share(distance < NEAR_NAMED, mask) >= SHOWN
     colours[(~named & nameable) | (named & ~single & faint)] = -1
 
-    background = torch.where(batch.background == NONE, len(BACKGROUNDS), batch.background)
-    grounds = _lab(torch.tensor([BACKGROUND_RGB[name] for name in BACKGROUNDS])).to(lab.device)
-    near = (ground[:, None] - grounds).norm(dim=-1).amin(1) < GROUND_NEAR_NAMED
-    background[(batch.background == NONE) & near] = IGNORED
-
-    for target in (shape, pattern):
-        target[hidden] = IGNORED
+    shape = _shape_target(batch)
+    shape[hidden] = pattern[hidden] = IGNORED
     colours[hidden] = -1
+    background = _background_target(batch, ground)
     targets = {"shape": shape, "pattern": pattern, "colours": colours, "background": background}
     return targets | {"figure": batch.mask}
+
+
+def _shape_target(batch: Batch) -> Tensor:
+    shape = torch.where(batch.shape == NONE, len(SHAPES), batch.shape)
+    unnamed = (batch.shape == NONE).nonzero()[:, 0]
+    if len(unnamed):
+        known = named_outlines().to(batch.mask.device)
+        iou = measure.iou_matrix(batch.mask[unnamed, 0] > 0.5, known, refined=()).amax(1)
+        shape[unnamed[iou >= LIKE_NAMED]] = IGNORED
+    return shape
+
+
+def _background_target(batch: Batch, ground: Tensor) -> Tensor:
+    background = torch.where(batch.background == NONE, len(BACKGROUNDS), batch.background)
+    grounds = _lab(torch.tensor([BACKGROUND_RGB[name] for name in BACKGROUNDS])).to(ground.device)
+    near = (ground[:, None] - grounds).norm(dim=-1).amin(1) < GROUND_NEAR_NAMED
+    background[(batch.background == NONE) & near] = IGNORED
+    return background
+
+
+def _faint(batch: Batch, lab: Tensor, mask: Tensor, single: Tensor) -> Tensor:
+    """Whether one of the two tones of a named pattern covers less than SHOWN of the object: (N,) bool."""
+    tones, shades = (_lab(rgb).to(lab.device) for rgb in (_colour_table(), _shade_table()))
+    first = batch.colours.int().argmax(1)
+    second = len(COLOURS) - 1 - batch.colours.flip(1).int().argmax(1)
+    others = torch.where(single[:, None], shades[first], tones[second])
+    pair = torch.stack([tones[first], others], 1)  # (N, 2, 3)
+    distance = (lab[:, :, :, None] - pair[:, None, None]).norm(dim=-1)  # (N, H, W, 2)
+    share = _share(distance.argmin(-1) == 1, mask)
+    faint = torch.minimum(share, 1 - share) < SHOWN
+    # A gradient between two colours shows neither where the object covers only its middle.
+    reached = distance < NEAR_NAMED
+    least = torch.minimum(_share(reached[..., 0], mask), _share(reached[..., 1], mask))
+    return faint | ((batch.pattern == PATTERNS.index("gradient")) & ~single & (least < SHOWN))
 
 
 def still_clear(images: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -47,7 +47,10 @@ def seconds(
 
 def _group(config: Any) -> tuple:
     tunings = tuple((tuning.part, tuning.steps) for *_, tuning in _learnt(config))
-    return type(config), getattr(config, "kind", None), getattr(config, "attribute", None), tunings
+    kind = getattr(config, "kind", None)
+    # These controls generate nothing either.
+    kind = "ceiling" if kind in ("lossless", "flat", "copy") else kind
+    return type(config), kind, getattr(config, "attribute", None), tunings
 
 
 def _learnt(config: Any) -> Iterator[tuple[str, str, TuningConfig]]:

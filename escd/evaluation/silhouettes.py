@@ -19,9 +19,7 @@ from ..data import names, shapes
 from ..data.random import CounterRNG
 
 FINE = 128  # px: silhouettes are kept at this size
-EXTENT = (
-    44 / 64
-)  # longer side of a silhouette's box, as a share of the image: the middle of the world's range
+EXTENT = 44 / 64  # longer side of a silhouette's box, as a share of the image
 
 
 @cache

@@ -1,4 +1,7 @@
-"""The artefact: a pseudo-word and the change of one part of the UNet, in one safetensors file."""
+"""The result of tuning, in one safetensors file: a pseudo-word and the change of one part of the UNet.
+
+It is applied at a strength (paper, Eq. 7).
+"""
 
 from __future__ import annotations
 
@@ -68,8 +71,9 @@ class Customization:
         )
 
     def embedding(self, word_embedding: Tensor, strength: float) -> Tensor:
-        """The pseudo-word's embedding e + s (v - e), (D,) or (K, D), at strength s; at 0 exactly e."""
+        """The pseudo-word's embedding e + s (v - e), (D,) or (K, D), at strength s (Eq. 7); at 0 exactly e."""
         v = self.pseudo_word.to(word_embedding)
+        # Eq. 7, right: v = e(w) + s (v_w - e(w))
         return word_embedding + strength * (v - word_embedding)
 
     def save(self, path: str | Path) -> Path:
@@ -135,6 +139,16 @@ def load_customization(path: str | Path, backbone: Backbone) -> Customization:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return customization
+
+
+def save_customizations(folder: Path, customizations: Iterable[Customization]) -> None:
+    """Write customizations and the list of their attributes' names to a new folder."""
+    folder.mkdir()
+    names = []
+    for customization in customizations:
+        names.append(customization.attribute.name)
+        customization.save(folder / f"{names[-1]}.safetensors")
+    (folder / "index.json").write_text(json.dumps(names) + "\n")
 
 
 def load_customizations(folder: str | Path, backbone: Backbone) -> dict[str, Customization]:
@@ -268,14 +282,15 @@ def _require_factors(name: str, w: LowRank) -> None:
 def customized(
     unet: UNet2DConditionModel,
     changes: Iterable[tuple[Customization, float]],
-    made: dict[tuple, Tensor] | None = None,
+    cache: dict[tuple, Tensor] | None = None,
 ) -> UNet2DConditionModel:
-    """A UNet with weights W0 + sum of s dW over `changes`, pairs (customization, s); `unet` is left alone.
+    """A UNet with weights W0 + sum of s dW over `changes`, pairs (customization, s) (paper, Eq. 7).
 
-    Both share the weights that do not change. `made` keeps the changed ones, for further calls with the same
-    UNet and some of the same changes. A weight that an adapter (LoRA) is put around is found by its old name.
+    `unet` itself does not change; both share the weights that no change touches. `cache` keeps the changed
+    weights, for further calls with the same UNet and some of the same changes. A weight wrapped by an adapter
+    (LoRA) keeps its old name here. Raises ValueError for a weight that the UNet does not have.
     """
-    made = {} if made is None else made
+    cache = {} if cache is None else cache
     changing: dict[str, list[tuple[Customization, float]]] = {}
     for customization, strength in changes:
         if strength != 0:
@@ -288,8 +303,9 @@ def customized(
     for name, steps in changing.items():
         own_name, w0 = parameters[name]
         key = (name, *((id(customization), strength) for customization, strength in steps))
-        if key not in made:
+        if key not in cache:
+            # Eq. 7, left: W = W_0 + s Delta W
             total = reduce(add, (strength * c.delta[name].float() for c, strength in steps))
-            made[key] = (w0.detach().float() + total.to(w0.device)).to(w0.dtype)
-        weights[own_name] = made[key]
+            cache[key] = (w0.detach().float() + total.to(w0.device)).to(w0.dtype)
+        weights[own_name] = cache[key]
     return exchanged(unet, weights)

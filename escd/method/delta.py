@@ -1,4 +1,4 @@
-"""What learns: the change of a part of the UNet, in full or as two factors (LoRA, Hu et al. 2021)."""
+"""The change of a part of the UNet that tuning learns: in full, or as two factors (paper, Eq. 8)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change of a weight as two factors: up (out, r) times down (r, in) or (r, in, k, k)."""
+    """A weight's change as two factors (LoRA): up (out, r) times down (r, in) or (r, in, k, k)."""
 
     up: Tensor
     down: Tensor
@@ -25,11 +25,12 @@ class LowRank:
 
     def float(self) -> Tensor:
         """The change itself, (out, in) or (out, in, k, k), in float32."""
+        # Eq. 8: Delta W = B A
         return (self.up.float() @ self.down.float().flatten(1)).view(self.shape)
 
 
 class Change:
-    """What learns of a part of the UNet: its weights, in float32, a kernel as a matrix of its filters."""
+    """The weights of a part while they learn: in float32, a kernel as a matrix with a row for each filter."""
 
     def __init__(self, trained: dict[str, nn.Parameter]) -> None:
         self.before = trained
@@ -42,12 +43,12 @@ class Change:
         return list(self.learning.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """The part's weights as they are now, by name."""
+        """The part's current weights, by name."""
         return {name: w.view_as(self.before[name]) for name, w in self.learning.items()}
 
     @torch.no_grad()
     def delta(self) -> dict[str, Tensor | LowRank]:
-        """What was learnt, as a customization holds it."""
+        """The change so far, W - W_0, in half precision on the CPU, as a `Customization` stores it."""
         return {n: (w - self.before[n].float()).half().cpu() for n, w in self.weights().items()}
 
 

@@ -89,7 +89,11 @@ def principal_directions(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factors_of(w: Tensor | LowRank, basis: Tensor, rank: int | None = None) -> LowRank:
-    """A weight's projection on the first `rank` directions of its basis, its norm shared by both factors."""
+    """A weight's change as two factors, BA (paper, Eq. 8): its projection on the basis's first directions.
+
+    basis: from `principal_directions`. Each pair of a column of B and a row of A has equal norms.
+    """
+    # Eq. 8: Delta W = B A, with B (m, r) `up` and A (r, n) `down`
     matrix, kept = matrix_of(w), basis[:, :rank]
     up, down = (kept, kept.T @ matrix) if matrix.shape[0] <= matrix.shape[1] else (matrix @ kept, kept.T)
     # Half precision has little below 1e-5, where the entries of one factor alone would lie.

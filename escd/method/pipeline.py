@@ -1,51 +1,52 @@
-"""Prompts to images, with customized shape and appearance at chosen strengths."""
+"""Images of prompts, with customized shape and appearance at chosen strengths (paper, Eq. 7)."""
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import math
 import threading
-from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
-from contextlib import nullcontext
-from numbers import Integral, Real
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor, nn
 
-from ..backbone import prompts as reading
 from ..backbone.folder import load_scheduler, write_backbone
 from ..backbone.image_tower import ImageTower
-from ..backbone.layers import encode_layers, layered, layers_of
+from ..backbone.layers import encode_layers, is_layered, layered, require_layers
 from ..backbone.model import Backbone
+from ..backbone.prompts import check_prompt, copy_of, cut_off, reader, starred_words
 from ..backbone.skeleton import own
 from ..files import together
 from ..loading import load_backbone
-from .customization import Customization, customized, load_customizations, require_fit
-from .sampling import OF_XL, Call, Calls, Group, denoise, of_call
+from .adapters import Adapters
+from .customization import (
+    Customization,
+    customized,
+    load_customizations,
+    require_fit,
+    save_customizations,
+)
+from .inputs import (
+    negatives_for,
+    require_counts,
+    require_embeds,
+    require_generators,
+    require_output,
+    require_sides,
+    require_text_options,
+    strengths_by_token,
+)
+from .memory import MemorySaving
+from .sampling import OF_XL, Call, Calls, Group, decoded, denoise, of_call, padded
 
 logger = logging.getLogger(__name__)
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MOST = 16_384  # px a side, images of a prompt, steps: more is a slip, and would end with the memory
-
-
-def _from_zero_on(value: object) -> bool:
-    """Whether a value is a real number from 0 on that is finite as a float."""
-    try:
-        return isinstance(value, Real) and 0 <= float(value) < math.inf
-    except OverflowError:  # a whole number of more than 300 digits
-        return False
-
 
 # A scheduler counts its steps: it is set and copied by one call at a time.
 _SCHEDULING = threading.Lock()
@@ -54,13 +55,16 @@ _OFFLOADED = threading.RLock()
 
 
 class ESCDPipeline(
-    DiffusionPipeline, StableDiffusionMixin, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin
+    MemorySaving,
+    DiffusionPipeline,
+    StableDiffusionMixin,
+    Adapters,
 ):
     """Text to image on a backbone with customizations: `*m` in a prompt is the shape, `*a` the appearance.
 
     A customization's strength s sets its pseudo-word's embedding to e + s (v - e) and its part's weights to
-    W0 + s dW, in both branches of guidance; s = 0 is the untouched backbone, s > 1 extrapolates. Its weights
-    are in force only for prompts in which its pseudo-word stands.
+    W0 + s dW (paper, Eq. 7), in both branches of guidance; s = 0 is the untouched backbone, s > 1
+    extrapolates. Its weights are used only for prompts that contain its pseudo-word.
 
     The backbone is never changed. The pipeline's `unet`, `vae`, `text_encoder` and `image_tower` are modules
     of its own that share the backbone's tensors until they are moved or converted, its tokenizer is a copy;
@@ -121,7 +125,7 @@ class ESCDPipeline(
         self._calls = Calls()
         self._brought = {name: own(m) for name, m in backbone.components.items() if isinstance(m, nn.Module)}
         scheduler = type(backbone.scheduler).from_config(backbone.scheduler.config)
-        tokenizer = reading.copy_of(backbone.tokenizer)
+        tokenizer = copy_of(backbone.tokenizer)
         absent = {name: None for name, m in backbone.components.items() if m is None}
         self.register_modules(**self._brought, **absent, tokenizer=tokenizer, scheduler=scheduler)
 
@@ -131,58 +135,6 @@ class ESCDPipeline(
         # Keys of a dict are in order, as its newer releases want them, and equal to a set, as the older do.
         modules = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "image_tower")
         return dict.fromkeys(modules).keys(), {}.keys()
-
-    def enable_model_cpu_offload(self, *args: object, **kwargs: object) -> None:
-        """Keep each network on the CPU until it is needed. The backbone itself stays where it was loaded."""
-        if self.backbone.device.type != "cpu":
-            logger.warning(
-                "the backbone keeps its memory on %s: load it on the CPU to offload all of it (device='cpu')",
-                self.backbone.device,
-            )
-        super().enable_model_cpu_offload(*args, **kwargs)
-
-    def enable_sequential_cpu_offload(self, *_: object, **__: object) -> None:
-        """Refused: it keeps the weights where a customization cannot reach them."""
-        raise NotImplementedError(
-            "a customization needs the UNet's weights whole; use enable_model_cpu_offload"
-        )
-
-    enable_group_offload = enable_sequential_cpu_offload
-
-    # Not every release of diffusers has these four on its pipelines.
-
-    def enable_vae_slicing(self) -> None:
-        """Decode the images of a batch one by one, for less memory."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        self.vae.disable_slicing()
-
-    def enable_vae_tiling(self) -> None:
-        """Decode large images tile by tile, for less memory."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        self.vae.disable_tiling()
-
-    def load_textual_inversion(self, *args: object, **kwargs: object) -> None:
-        """Load words in diffusers' form beside the customizations, as `StableDiffusionPipeline` does.
-
-        Raises ValueError for a word that is a loaded customization's pseudo-word.
-        """
-        before = set(self.tokenizer.get_added_vocab())
-        _unshare(self.text_encoder.get_input_embeddings())
-        super().load_textual_inversion(*args, **kwargs)
-        new = set(self.tokenizer.get_added_vocab()) - before
-        if clash := sorted(new & set(self.customizations)):
-            self.unload_textual_inversion(sorted(new))
-            raise ValueError(f"{clash[0]!r} is a customization's pseudo-word: give another token=")
-
-    def fuse_lora(self, *args: object, **kwargs: object) -> None:
-        """Add loaded LoRAs to the weights, as `StableDiffusionPipeline` does; these are no longer shared."""
-        for module in (self.unet, self.text_encoder):
-            _unshare(module)
-        super().fuse_lora(*args, **kwargs)
 
     # ---- storing
 
@@ -201,12 +153,7 @@ class ESCDPipeline(
             if getattr(self, name) is not brought:  # it was exchanged
                 setattr(stored, name, getattr(self, name))
         write_backbone(stored, folder)
-        beside = folder / "customizations"
-        beside.mkdir()
-        for customization in self.customizations.values():
-            customization.save(beside / f"{customization.attribute.name}.safetensors")
-        names = [customization.attribute.name for customization in self.customizations.values()]
-        (beside / "index.json").write_text(json.dumps(names) + "\n")
+        save_customizations(folder / "customizations", self.customizations.values())
 
     @classmethod
     def from_pretrained(
@@ -292,60 +239,84 @@ class ESCDPipeline(
         """
         given = {"negative_prompt_embeds": negative_prompt_embeds, "prompt_embeds": prompt_embeds}
         texts = self._texts(prompt, negative_prompt, given)
-        strength_of = self._strengths(shape_strength, appearance_strength, strengths)
+        strength_of = strengths_by_token(
+            self.customizations.values(), shape_strength, appearance_strength, strengths
+        )
         height = self.backbone.image_size if height is None else height
         width = self.backbone.image_size if width is None else width
-        self._check(height, width, num_inference_steps, guidance_scale, num_images_per_prompt, output_type)
+        require_counts(num_inference_steps, num_images_per_prompt)
+        require_sides(height, width, self.backbone.vae_scale)
+        require_output(guidance_scale, output_type)
         guidance_scale = float(guidance_scale)
-        self._check_text(clip_skip, guidance_rescale)
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        known = (*self._callback_tensor_inputs, *OF_XL)
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(known):
-            raise ValueError(f"unknown tensors {sorted(unknown)}; known: {self._callback_tensor_inputs}")
-
+        require_text_options(self.text_encoder.config.num_hidden_layers, clip_skip, guidance_rescale)
+        tensor_inputs = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         texts = {k: [x for x in each for _ in range(num_images_per_prompt)] for k, each in texts.items()}
-        device = self._execution_device
-        scale = self.backbone.vae_scale
-        count = len(texts["prompt_embeds"])
+        scale, count = self.backbone.vae_scale, len(texts["prompt_embeds"])
         shape = (count, self.unet.config.in_channels, height // scale, width // scale)
-        x_T = self._noise(shape, generator, latents, device)  # (B, C, h, w)
-        pseudo_words = self._pseudo_words(strength_of)
-
+        x_T = self._noise(shape, generator, latents, self._execution_device)  # (B, C, h, w)
         call = Call(guidance_scale, guidance_rescale, clip_skip)
+        with self._running(call):
+            groups = self._groups(texts, strength_of, x_T, generator, num_inference_steps, call)
+            call.num_timesteps = len(groups[0].scheduler.timesteps)
+            with self.progress_bar(total=len(groups) * num_inference_steps) as progress:
+                denoise(groups, self, call, callback_on_step_end, tensor_inputs, progress)
+            x_0 = torch.empty_like(x_T)
+            for group in groups:
+                x_0[group.rows] = group.x_t.to(x_0.dtype)
+            used = {f"strength of {self.customizations[t].attribute.name}": s for t, s in strength_of.items()}
+            images = decoded(self.vae, x_0, output_type, used | {"guidance_scale": guidance_scale})
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _tensor_inputs(self, callback: object, names: Sequence[str]) -> Sequence[str]:
+        """The names of the tensors that a callback is given; ValueError for unknown ones."""
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            names = callback.tensor_inputs
+        if unknown := set(names) - {*self._callback_tensor_inputs, *OF_XL}:
+            raise ValueError(f"unknown tensors {sorted(unknown)}; known: {self._callback_tensor_inputs}")
+        return names
+
+    @contextmanager
+    def _running(self, call: Call) -> Iterator[None]:
+        """While open, `call` runs; where weights move between devices, such calls take turns."""
         self._calls.running.append(call)
         with _OFFLOADED if getattr(self, "_all_hooks", None) else nullcontext():
             try:
-                groups, made = [], {}
-                for tokens, rows in self._rows_of(texts["prompt_embeds"], strength_of).items():
-                    names = list(texts) if guidance_scale > 1 else ["prompt_embeds"]
-                    asked = {name: [texts[name][i] for i in rows] for name in names}
-                    scheduler = self._scheduler(num_inference_steps, device)
-                    group = Group(
-                        rows=rows,
-                        unet=self._unet([(self.customizations[t], strength_of[t]) for t in tokens], made),
-                        scheduler=scheduler,
-                        x_t=x_T[rows] * scheduler.init_noise_sigma,
-                        embeds=self._embeds(asked, pseudo_words, clip_skip, device),
-                        generator=[generator[i] for i in rows] if isinstance(generator, list) else generator,
-                        guidance_scale=guidance_scale,
-                    )
-                    groups.append(group)
-                del made
-                call.num_timesteps = len(groups[0].scheduler.timesteps)
-                with self.progress_bar(total=len(groups) * num_inference_steps) as progress:
-                    denoise(
-                        groups, self, call, callback_on_step_end, callback_on_step_end_tensor_inputs, progress
-                    )
-                done = torch.empty_like(x_T)
-                for group in groups:
-                    done[group.rows] = group.x_t.to(done.dtype)
-                images = self._images(done, output_type, strength_of, guidance_scale)
+                yield
             finally:
                 self._calls.running.remove(call)
                 self._calls.last = call
                 self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _groups(
+        self,
+        texts: Mapping[str, list[str] | list[Tensor]],
+        strength_of: Mapping[str, float],
+        x_T: Tensor,
+        generator: Generator | list[Generator] | None,
+        steps: int,
+        call: Call,
+    ) -> list[Group]:
+        """The rows of a batch in groups that need the same weights of the UNet."""
+        device, pseudo_words = self._execution_device, self._pseudo_words(strength_of)
+        names = list(texts) if call.guidance_scale > 1 else ["prompt_embeds"]
+        groups: list[Group] = []
+        weights: dict[tuple, Tensor] = {}
+        for tokens, rows in self._rows_of(texts["prompt_embeds"], strength_of).items():
+            changes = [(self.customizations[token], strength_of[token]) for token in tokens]
+            asked = {name: [texts[name][i] for i in rows] for name in names}
+            unet = customized(self.unet, changes, weights)
+            scheduler = self._scheduler(steps, device)
+            group = Group(
+                rows=rows,
+                unet=layered(unet) if is_layered(pseudo_words) else unet,
+                scheduler=scheduler,
+                x_t=x_T[rows] * scheduler.init_noise_sigma,
+                embeds=self._embeds(asked, pseudo_words, call.clip_skip, device),
+                generator=[generator[i] for i in rows] if isinstance(generator, list) else generator,
+                guidance_scale=call.guidance_scale,
+            )
+            groups.append(group)
+        return groups
 
     @torch.no_grad()
     def encode_prompt(
@@ -366,11 +337,13 @@ class ESCDPipeline(
         of a longer one; e + w (x - e) gives the words of x the weight w, e being those of "".
         """
         texts = self._texts(prompt, negative_prompt, {"negative_prompt_embeds": None, "prompt_embeds": None})
-        self._check_text(clip_skip, 0.0)
+        require_text_options(self.text_encoder.config.num_hidden_layers, clip_skip, 0.0)
         if not do_classifier_free_guidance:
             del texts["negative_prompt_embeds"]
         texts = {k: [x for x in each for _ in range(num_images_per_prompt)] for k, each in texts.items()}
-        strength_of = self._strengths(shape_strength, appearance_strength, strengths)
+        strength_of = strengths_by_token(
+            self.customizations.values(), shape_strength, appearance_strength, strengths
+        )
         device = self._execution_device if device is None else device
         embeds = self._embeds(texts, self._pseudo_words(strength_of), clip_skip, device)
         return embeds["prompt_embeds"], embeds.get("negative_prompt_embeds")
@@ -382,19 +355,9 @@ class ESCDPipeline(
         given: dict[str, Tensor | None],
     ) -> dict[str, list[str] | list[Tensor]]:
         """Under the names in `given` a text, or the embedding (L, D) given in its place, for each prompt."""
-        for name, text, embeds in (
-            ("prompt", prompt, given["prompt_embeds"]),
-            ("negative_prompt", negative_prompt, given["negative_prompt_embeds"]),
-        ):
-            if embeds is None:
-                continue
-            width = self.unet.config.cross_attention_dim
-            if text is not None:
-                raise ValueError(f"{name} and {name}_embeds were both given; only one can be used")
-            if not isinstance(embeds, Tensor):
-                raise TypeError(f"{name}_embeds is a tensor, not {type(embeds).__name__}")
-            if embeds.ndim != 3 or embeds.shape[-1] != width or 0 in embeds.shape:
-                raise ValueError(f"{name}_embeds are {tuple(embeds.shape)}; (B, L, {width}) are needed")
+        width = self.unet.config.cross_attention_dim
+        require_embeds("prompt", prompt, given["prompt_embeds"], width)
+        require_embeds("negative_prompt", negative_prompt, given["negative_prompt_embeds"], width)
         prompts = given["prompt_embeds"]
         if prompts is None:
             if not isinstance(prompt, str | list | tuple):
@@ -404,34 +367,21 @@ class ESCDPipeline(
             raise ValueError("no prompt was given")
         negatives = given["negative_prompt_embeds"]
         if negatives is None:
-            negatives = self._readable(self._negatives(negative_prompt, len(prompts)))
+            negatives = self._readable(negatives_for(negative_prompt, len(prompts)))
         if len(negatives) != len(prompts):
             raise ValueError(f"{len(negatives)} negative_prompt_embeds for {len(prompts)} prompts")
         return {"negative_prompt_embeds": list(negatives), "prompt_embeds": list(prompts)}
 
     def _readable(self, texts: list[str]) -> list[str]:
-        """Checked texts, with words of several vectors (textual inversion) written out."""
+        """Checked prompts, with words of several vectors (textual inversion) written out."""
         for text in texts:
-            reading.check_prompt(self.tokenizer, text, self.customizations)
-        with reading.reader(self.tokenizer) as reader:
-            texts = [self.maybe_convert_prompt(text, reader) for text in texts]
+            check_prompt(self.tokenizer, text, self.customizations)
+        with reader(self.tokenizer) as tokenizer:
+            texts = [self.maybe_convert_prompt(text, tokenizer) for text in texts]
         for text in texts:
-            if cut := reading.cut_off(self.tokenizer, text, self.customizations):
+            if cut := cut_off(self.tokenizer, text, self.customizations):
                 logger.warning("the text encoder does not read so far; cut off: %r", cut)
         return texts
-
-    def _unet(
-        self, changes: list[tuple[Customization, float]], made: dict[tuple, Tensor]
-    ) -> diffusers.UNet2DConditionModel:
-        """The UNet with its weights changed, which takes a conditioning for each layer where one has it."""
-        unet = customized(self.unet, changes, made)
-        return layered(unet) if self._layers else unet
-
-    @property
-    def _layers(self) -> int:
-        """How many layers have a conditioning of their own; 0 where no customization needs it."""
-        each = any(c.pseudo_word.ndim == 2 for c in self.customizations.values())
-        return len(layers_of(self.unet)) if each else 0
 
     def _pseudo_words(self, strength_of: Mapping[str, float]) -> dict[str, Tensor]:
         dtype = self.text_encoder.dtype
@@ -447,7 +397,7 @@ class ESCDPipeline(
         changing = [t for t, c in self.customizations.items() if c.delta and strength_of[t] != 0]
         rows: dict[tuple[str, ...], list[int]] = {}
         for i, prompt in enumerate(prompts):
-            standing = reading.starred_words(prompt) if isinstance(prompt, str) else changing
+            standing = starred_words(prompt) if isinstance(prompt, str) else changing
             rows.setdefault(tuple(t for t in changing if t in standing), []).append(i)
         return rows
 
@@ -464,52 +414,20 @@ class ESCDPipeline(
         clip_skip: int | None,
         device: torch.device | str,
     ) -> dict[str, Tensor]:
-        """Text conditioning (B, L, D) of texts, or of what was given in their place, all equally long."""
+        """Text conditioning (B, L, D) of texts, or of embeddings given in their place, all equally long."""
 
-        def encode(texts: list[str]) -> Tensor:
-            given = (self.tokenizer, self.text_encoder, texts, pseudo_words)
-            if self._layers:
-                encoded = encode_layers(*given, self._layers, clip_skip)
-            else:
-                encoded = reading.encode(*given, clip_skip)
+        def conditioning(texts: list[str]) -> Tensor:
+            encoded = encode_layers(self.tokenizer, self.text_encoder, texts, pseudo_words, clip_skip)
             return encoded.to(device, self.unet.dtype)
 
         embeds = {
-            name: encode(each) if isinstance(each[0], str) else torch.stack(each).to(device, self.unet.dtype)
+            name: conditioning(each)
+            if isinstance(each[0], str)
+            else torch.stack(each).to(device, self.unet.dtype)
             for name, each in asked.items()
         }
-        longest = max(e.shape[1] for e in embeds.values())
-        for name, e in embeds.items():
-            if self._layers and (e.shape[1] < longest or longest % self._layers):
-                raise ValueError(
-                    f"{name} are {e.shape[1]} long; for {self._layers} layers give those of encode_prompt, "
-                    "for the prompt and the negative prompt"
-                )
-            if e.shape[1] < longest:  # the empty prompt follows
-                empty = encode([""]).expand(len(e), -1, -1)
-                filling = [empty] * -(-(longest - e.shape[1]) // empty.shape[1])
-                embeds[name] = torch.cat([e, *filling], 1)[:, :longest]
-        return embeds
-
-    def _images(
-        self, latents: Tensor, output_type: str, strength_of: Mapping[str, float], guidance_scale: float
-    ) -> object:
-        """Latents (B, C, h, w) as `output_type`; FloatingPointError where they are not finite."""
-        images, finite = latents, bool(latents.isfinite().all())
-        if output_type != "latent" and finite:
-            images = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-            finite = bool(images.isfinite().all())
-        if not finite:
-            used = {f"strength of {self.customizations[t].attribute.name}": s for t, s in strength_of.items()}
-            used["guidance_scale"] = guidance_scale
-            raise FloatingPointError(
-                "the images are not finite numbers: something is too large. Take smaller values "
-                f"({', '.join(f'{name} {value:g}' for name, value in used.items())})"
-                + (", or load the backbone in float32" if latents.dtype is not torch.float32 else "")
-            )
-        if output_type == "latent":
-            return latents
-        return VaeImageProcessor().postprocess(images.clamp(-1, 1), output_type=output_type)
+        require_layers(embeds, pseudo_words)
+        return padded(embeds, lambda: conditioning([""]))
 
     def _noise(
         self,
@@ -518,80 +436,10 @@ class ESCDPipeline(
         latents: Tensor | None,
         device: torch.device,
     ) -> Tensor:
-        for one in generator if isinstance(generator, list) else [generator]:
-            if not isinstance(one, Generator | None) or (one is None and isinstance(generator, list)):
-                raise TypeError(
-                    "generator is a torch.Generator (torch.Generator().manual_seed(0)), or a list of one for "
-                    f"each image, not {type(one).__name__}"
-                )
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"{len(generator)} generators for {shape[0]} images")
+        """Initial noise of this shape: drawn, or the `latents` given in its place."""
+        require_generators(generator, shape[0])
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents are {tuple(latents.shape)}; {shape} are needed")
         return latents.to(device, self.unet.dtype)
-
-    def _negatives(self, negative_prompt: str | list[str] | None, n: int) -> list[str]:
-        """One negative prompt for each of `n` prompts."""
-        if negative_prompt is None:
-            return [""] * n
-        if isinstance(negative_prompt, str):
-            return [negative_prompt] * n
-        if len(negative_prompt) != n:
-            raise ValueError(f"{len(negative_prompt)} negative prompts for {n} prompts")
-        return list(negative_prompt)
-
-    def _strengths(
-        self, shape_strength: float, appearance_strength: float, strengths: Mapping[str, float] | None
-    ) -> dict[str, float]:
-        """Pseudo-word -> strength, for what is loaded."""
-        if not isinstance(strengths, Mapping | None):
-            raise TypeError(f"strengths maps names of attributes to numbers, and is not {strengths!r}")
-        by_name = {"shape": shape_strength, "appearance": appearance_strength}
-        further = [c.attribute.name for c in self.customizations.values() if c.attribute.name not in by_name]
-        for name, s in (strengths or {}).items():
-            if name not in further:
-                raise ValueError(
-                    f"no attribute {name!r}; further ones loaded: {', '.join(further) or 'none'}"
-                )
-            by_name[name] = s
-        for name, s in by_name.items():
-            if not _from_zero_on(s):
-                raise ValueError(f"the strength of {name} must be a number from 0 on, not {s!r}")
-        return {token: float(by_name.get(c.attribute.name, 1.0)) for token, c in self.customizations.items()}
-
-    def _check(
-        self, height: int, width: int, steps: int, guidance_scale: float, images: int, output_type: str
-    ) -> None:
-        """Raise ValueError for numbers that make no image."""
-        counts = {"num_inference_steps": steps, "num_images_per_prompt": images}
-        for name, value in counts.items():
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
-        scale = self.backbone.vae_scale
-        sides = {"height": height, "width": width}
-        for name, value in sides.items():
-            if not isinstance(value, Integral) or value < scale or value % scale:
-                raise ValueError(f"{name} must be a multiple of {scale} px, not {value!r}")
-        for name, value in (counts | sides).items():
-            if value > MOST:
-                raise ValueError(f"{name} must be at most {MOST}, not {value}")
-        if not _from_zero_on(guidance_scale):
-            raise ValueError(f"guidance_scale must be a number from 0 on, not {guidance_scale!r}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")
-
-    def _check_text(self, clip_skip: int | None, guidance_rescale: float) -> None:
-        """Raise ValueError for layers that are not there, and for a share that is none."""
-        layers = self.text_encoder.config.num_hidden_layers
-        if clip_skip is not None and not (isinstance(clip_skip, Integral) and 0 <= clip_skip < layers):
-            raise ValueError(f"clip_skip is a whole number from 0 to {layers - 1}, not {clip_skip!r}")
-        if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"guidance_rescale is a share between 0 and 1, not {guidance_rescale!r}")
-
-
-def _unshare(module: nn.Module) -> None:
-    """Give a module tensors of its own, for what writes into them."""
-    for p in module.parameters():
-        p.data = p.data.clone()

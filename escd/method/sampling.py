@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Generator, Tensor
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin, UNet2DConditionModel
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 
     from .pipeline import ESCDPipeline
 
@@ -67,9 +68,39 @@ def of_call(name: str, about: str) -> property:
     )
 
 
+def padded(embeds: Mapping[str, Tensor], empty: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Text conditionings (B, L, D) extended to one length by the empty prompt's, (1, L, D)."""
+    longest = max(e.shape[1] for e in embeds.values())
+    extended = {}
+    for name, e in embeds.items():
+        if e.shape[1] < longest:
+            filling = empty().expand(len(e), -1, -1)
+            count = -(-(longest - e.shape[1]) // filling.shape[1])
+            e = torch.cat([e, *[filling] * count], 1)[:, :longest]
+        extended[name] = e
+    return extended
+
+
+def decoded(vae: AutoencoderKL, latents: Tensor, output_type: str, settings: Mapping[str, float]) -> Any:
+    """Latents (B, C, h, w) as `output_type`; FloatingPointError, with the settings, where not finite."""
+    images, finite = latents, bool(latents.isfinite().all())
+    if output_type != "latent" and finite:
+        images = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        finite = bool(images.isfinite().all())
+    if not finite:
+        raise FloatingPointError(
+            "the images are not finite numbers: something is too large. Take smaller values "
+            f"({', '.join(f'{name} {value:g}' for name, value in settings.items())})"
+            + (", or load the backbone in float32" if latents.dtype is not torch.float32 else "")
+        )
+    if output_type == "latent":
+        return latents
+    return VaeImageProcessor().postprocess(images.clamp(-1, 1), output_type=output_type)
+
+
 @dataclass
 class Group:
-    """Pictures of a batch that need the same weights."""
+    """Images of a batch that need the same weights."""
 
     rows: list[int]  # their places in the batch
     unet: UNet2DConditionModel

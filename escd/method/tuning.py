@@ -194,7 +194,11 @@ def _tune(
                     batch = cache.some(config.batch_size, batches.generator)
                 class_batch = None if prior is None else prior.draw(len(batch.t))
                 both = batch if class_batch is None else batch.joined(class_batch)
-                text = _conditioning(backbone, both.prompts, {attribute.token: v}).to(dtype)  # tau(c; v)
+                words = {attribute.token: v}
+                text = encode_layers(
+                    backbone.tokenizer, backbone.text_encoder, both.prompts, words
+                )  # tau(c; v)
+                text = text.to(dtype)
                 prediction = predicted(network, change.weights(), both, text, config.conditioning)
                 loss = _loss(prediction, batch, class_batch, batches, config)
                 updates.apply(loss, step)
@@ -225,14 +229,6 @@ def _start(backbone: Backbone, reference: Reference, attribute: Attribute, confi
     if config.per_layer:
         v = v.expand(len(layers_of(backbone.unet)), -1)
     return v.float().clone().requires_grad_(config.learn_word)
-
-
-def _conditioning(backbone: Backbone, prompts: list[str], pseudo_words: dict[str, Tensor]) -> Tensor:
-    """Text conditioning (B, L, D) of the prompts; (B, K L, D) where a pseudo-word has K layers."""
-    counts = [len(v) for v in pseudo_words.values() if v.ndim == 2]
-    if not counts:
-        return backbone.encode_prompt(prompts, pseudo_words)
-    return encode_layers(backbone.tokenizer, backbone.text_encoder, prompts, pseudo_words, counts[0])
 
 
 def _loss(

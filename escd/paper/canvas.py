@@ -1,4 +1,4 @@
-"""What figures are made of: a figure that shows itself, a grid of images, and boxes and arrows in inches."""
+"""Building blocks of figures: a figure that displays itself, a grid of images, boxes and arrows in inches."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Drawing(Figure):
         self.records: list[Record] = []
 
     def made_from(self, used: Sequence[Record]) -> Drawing:
-        """Note the records whose numbers or images it shows; returns itself."""
+        """Register the records whose numbers or images it shows; returns itself."""
         self.records = list(used)
         return self
 
     def save(self, stem: Path) -> list[Path]:
-        """Write `stem`.pdf and `stem`.png with neither a date nor a version inside."""
+        """Write `stem`.pdf and `stem`.png without date and version."""
         names = [stem.name + ending for ending in (".pdf", ".png")]
         with house_style(), together(stem.parent) as scratch:
             dateless = {"CreationDate": None, "Creator": None, "Producer": None}
@@ -88,7 +88,7 @@ def image_grid(
     """Images in rows and columns, `width` inches wide; None leaves a place empty.
 
     Row labels stand left in `label_width` inches, column labels above in `label_height`. A wider gap follows
-    the columns in `column_gaps` and rows in `row_gaps`, to set references apart from what was made of them.
+    the columns in `column_gaps` and rows in `row_gaps`, to set references apart from generated images.
     """
     columns = max(len(row) for row in rows)
     gap, wide = 0.03, 0.12
@@ -121,7 +121,7 @@ def lines(
     log: str = "",
     width: float = COLUMN,
 ) -> Drawing:
-    """One line for each name in `series`, told apart by colour, dash and marker; `log`: "x", "y" or "xy"."""
+    """A line for each name in `series`, by colour, dash and marker; `log`: axes, "x", "y" or "xy"."""
     drawing = Drawing(width, 0.62 * width, layout="constrained")
     axes = drawing.add_subplot()
     dashes = ("-", "--", ":", "-.")
@@ -146,12 +146,12 @@ class Canvas:
         self.axes.axis("off")
 
     def text(self, at: Point, text: str, *, size: float = 7, colour: str = INK, **options: Any) -> None:
-        """Text, centred on `at` unless told otherwise."""
+        """Text, centred on `at` by default."""
         options = {"ha": "center", "va": "center", "linespacing": 1.15} | options
         self.axes.text(*at, text, fontsize=size, color=colour, **options)
 
     def panel(self, corner: Point, width: float, height: float, title: str = "") -> None:
-        """A pale ground that holds a stage together, its title inside the upper edge."""
+        """A pale background behind a stage, with its title at the upper edge."""
         style = "round,pad=0,rounding_size=0.06"
         self._patch(FancyBboxPatch(corner, width, height, boxstyle=style, fc=PANEL, ec="none", zorder=0))
         if title:
@@ -180,7 +180,7 @@ class Canvas:
         """Half a UNet: a trapezoid from its left edge's middle, `heights` at the left and the right."""
         (x, y), (a, b) = left, heights
         corners = [(x, y - a / 2), (x, y + a / 2), (x + width, y + b / 2), (x + width, y - b / 2)]
-        # A tuned part is hatched besides being coloured, so that it is told apart in grey.
+        # A tuned part is coloured and hatched, to stay distinguishable in grey.
         hatch = "" if fill == FROZEN else "////"
         self._patch(Polygon(corners, closed=True, fc=fill, ec=MUTED, hatch=hatch, lw=0, zorder=2))
         self._patch(Polygon(corners, closed=True, fc="none", ec=INK, lw=0.7, zorder=3))

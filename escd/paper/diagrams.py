@@ -13,9 +13,10 @@ from ..method.attributes import ATTRIBUTES
 from ..method.encoder import GRIDS, TIMESTEP, feature_widths
 from ..method.fusion import AttributeFilter
 from .canvas import APPEARANCE, COLUMN, FROZEN, MUTED, PAGE, SHAPE, TINTS, TOWER, Canvas, Drawing
-from .figures import HALVES
 from .results import study
 from .stems import figure
+
+HALVES = ("encoder", "decoder")
 
 
 @figure("03_method")

@@ -1,9 +1,8 @@
 """Every figure of the paper, one function per stem: `python -m escd.draw [stem ...]`.
 
-Without a stem all of them are drawn, README.md and paper/numbers.tex get their numbers, and then two records
-are run again to see whether they still come out. A figure that shows generated images takes them from a
-record as well (kind "sheet" or "process", the pixels beside it as a PNG), so that a clone draws the paper's
-images and not merely similar ones; where weights or references have changed since, they are made anew.
+Without a stem, all are drawn, README.md and paper/numbers.tex get their numbers, and two records are run
+again and compared. Generated images come from records too (kind "sheet" or "process", with the pixels in a
+PNG): a clone draws exactly the paper's images. They are generated anew when weights or references change.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ REGISTERED = (diagrams, figures)  # importing these fills STEMS, in this order
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw figures; all of them, then write the numbers and run two records again, if none is named."""
+    """Draw figures; without names all of them, then write the numbers and run two records again."""
     parser = argparse.ArgumentParser(prog="python -m escd.draw", description=main.__doc__)
     parser.add_argument(
         "stems", nargs="*", metavar="stem", help=f"one of {', '.join(STEMS)}; all of them if none"
@@ -40,17 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if stems:
         return
     write_numbers()
-    found = results().used
-    again = repeatable(found)
+    used = results().used
+    again = repeatable(used)
     if not again:
-        print("No stored record can be run again here: they were made on other devices, or take too long.")
-    if differing := run_again(again, found):
+        print("No stored record can be run again here: all are from other devices or take too long.")
+    if differing := run_again(again, used):
         raise SystemExit("These records do not come out again:\n" + "\n".join(differing))
-    print("Figures: figures/; what each was made from: figures/manifest.json; the numbers: README.md")
+    print("Figures: figures/; their sources: figures/manifest.json; the numbers: README.md")
 
 
 def draw_figures(stems: Sequence[str], folder: Path = FIGURES) -> None:
-    """Draw each stem as PDF and PNG, and say in manifest.json what it was made from."""
+    """Draw each stem as PDF and PNG, and write its sources to manifest.json."""
     manifest = folder / "manifest.json"
     entries = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     progress = tqdm(stems, unit="figure")
@@ -58,7 +57,7 @@ def draw_figures(stems: Sequence[str], folder: Path = FIGURES) -> None:
         progress.set_description(stem)
         drawing = STEMS[stem].draw()
         drawn = drawing.save(folder / stem)
-        made = {
+        entry = {
             "notebook": STEMS[stem].notebook,
             "records": [record.key for record in drawing.records],
             "commit": records.commit(),
@@ -66,8 +65,8 @@ def draw_figures(stems: Sequence[str], folder: Path = FIGURES) -> None:
             "sha256": {file.name: records.sha256(file) for file in drawn},
         }
         before = entries.get(stem, {})
-        if made | {"commit": None} != before | {"commit": None}:  # else it is as it was, and keeps its commit
-            entries[stem] = made
+        if entry | {"commit": None} != before | {"commit": None}:  # an unchanged figure keeps its commit
+            entries[stem] = entry
         # after every figure, so that the manifest holds whatever else goes wrong
         text = json.dumps({stem: entries[stem] for stem in STEMS if stem in entries}, indent=1)
         files.write_text(manifest, text + "\n")

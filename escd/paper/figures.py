@@ -22,8 +22,7 @@ from .sheets import ProcessConfig, SheetConfig, sheet, stored_images
 from .stems import figure
 from .tables import ARMS
 
-HALVES = ("encoder", "decoder")
-SET_COLOURS = (INK, MUTED, APPEARANCE)  # of study.IMAGE_SETS
+SET_COLOURS = (INK, MUTED, APPEARANCE)  # of IMAGE_SETS
 SAMPLE_LOOKS = (  # appearance, background: one row of samples each
     ("solid red", "gray"),
     ("striped blue and white", "pink"),
@@ -37,7 +36,7 @@ ASKED_LOOKS = (
 )
 ASKED_SHAPES = (("star", "cyan"), ("heart", "beige"), ("circle", "pink"))
 FORWARD_SAMPLE = 0  # of World(seed=0)
-SHOWN_REFERENCES = 4  # the first of the evaluation list, whatever they are
+SHOWN_REFERENCES = 4  # the first of the evaluation list
 
 
 @figure("01_preliminaries")
@@ -59,7 +58,7 @@ def backbone_samples() -> Drawing:
 
 @figure("01_preliminaries")
 def forward_backward() -> Drawing:
-    """Above, a picture is noised; below, read from right to left, one is made from the same noise."""
+    """Above, an image is noised; below, from right to left, one is generated from the same noise."""
     config = ProcessConfig(
         prompt="a star shape with striped red and white appearance on a cyan background",
         sample=FORWARD_SAMPLE,
@@ -77,7 +76,7 @@ def forward_backward() -> Drawing:
 
 @figure("03_method")
 def transfer_examples() -> Drawing:
-    """One image in, its shape or its appearance out, for real silhouettes and materials."""
+    """The shape or the appearance of one image in other prompts, for real silhouettes and materials."""
     shown = load_references().references[:SHOWN_REFERENCES]
     used, rows = [], []
     for reference in shown:
@@ -107,9 +106,9 @@ def composition_grid() -> Drawing:
     for row in shown:
         images = []
         for column in shown:
-            record, made = stored_images(_composed(row.id, column.id))
+            record, composed = stored_images(_composed(row.id, column.id))
             used.append(record)
-            images += made
+            images += composed
         rows.append([row.image, *images])
     drawing = image_grid(rows, width=COLUMN, column_gaps=(0,), row_gaps=(0,))
     return drawing.made_from(used)
@@ -125,14 +124,14 @@ def _prompt(shape: str, look: str, ground: str) -> str:
 
 @figure("04_training")
 def pretraining_curve() -> Drawing:
-    """Loss of every stage of pretraining against the images it has seen."""
+    """Training loss of every stage of pretraining against its number of images."""
     stages = training()
     drawing = Drawing(PAGE, 1.75, layout="constrained")
     for axes, (name, record) in zip(drawing.subplots(1, len(stages)), stages.items(), strict=True):
-        seen = [point["images"] / 1000 for point in record["curve"]]
-        axes.plot(seen, [point["loss"] for point in record["curve"]])
-        seen_what = "captions" if name == "words" else "images"  # that stage looks at no picture
-        axes.set(title=name, xlabel=f"thousand {seen_what}", yscale="log")
+        thousands = [point["images"] / 1000 for point in record["curve"]]
+        axes.plot(thousands, [point["loss"] for point in record["curve"]])
+        unit = "captions" if name == "words" else "images"  # that stage uses no images
+        axes.set(title=name, xlabel=f"thousand {unit}", yscale="log")
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -143,15 +142,15 @@ def pretraining_curve() -> Drawing:
 
 @figure("04_training")
 def training_scores() -> Drawing:
-    """What each checkpoint of the UNet and of the autoencoder can do, and what it had cost."""
-    found, reconstructed = points(), points(stage="autoencoder")
-    tuned = [record for record in found if "shape" in record.metrics]
+    """Scores and training time of the checkpoints of the UNet and of the autoencoder."""
+    unet, autoencoder = points(), points(stage="autoencoder")
+    tuned = [record for record in unet if "shape" in record.metrics]
     drawing = Drawing(PAGE, 2.0, layout="constrained")
     prompts, shape, look, psnr = drawing.subplots(1, 4)
     colours = {"background": FROZEN, "colours": MUTED, "pattern": APPEARANCE, "shape": SHAPE}
     for name, colour in colours.items():
-        shares = [100 * r.metrics["obeyed"][name] for r in found]
-        prompts.plot(_millions(found), shares, "o-", color=colour, label=name)
+        shares = [100 * r.metrics["obeyed"][name] for r in unet]
+        prompts.plot(_millions(unet), shares, "o-", color=colour, label=name)
     prompts.set(title="prompts obeyed, %")
     panels = ((shape, "shape", "silhouette", SHAPE), (look, "appearance", "material", APPEARANCE))
     for axes, name, wanted, colour in panels:
@@ -160,68 +159,68 @@ def training_scores() -> Drawing:
         axes.plot(_millions(tuned), leaked, "o--", color=MUTED, label="other attribute")
         axes.set(title=f"{name}: retrieved, %")
     for name, colour in zip(IMAGE_SETS, SET_COLOURS, strict=True):
-        values = [r.metrics[name]["psnr"] for r in reconstructed]
-        psnr.plot(_millions(reconstructed), values, "o-", color=colour, label=name)
+        values = [r.metrics[name]["psnr"] for r in autoencoder]
+        psnr.plot(_millions(autoencoder), values, "o-", color=colour, label=name)
     psnr.set(title="autoencoder, dB", ylim=(None, max(psnr.get_ylim()[1], 36)))  # room for the legend
     for axes in (prompts, shape, look):
         axes.set(ylim=(0, 103))
-    for axes, shown in ((prompts, found), (shape, tuned), (look, tuned), (psnr, reconstructed)):
+    for axes, shown in ((prompts, unet), (shape, tuned), (look, tuned), (psnr, autoencoder)):
         axes.grid(True, axis="y")
         axes.legend(loc="upper left" if axes is psnr else "best")
         axes.set(xlabel="million images")
         _hours_above(axes, shown)
-    return drawing.made_from([*found, *reconstructed])
+    return drawing.made_from([*unet, *autoencoder])
 
 
 @figure("04_training")
 def autoencoder_rate() -> Drawing:
-    """What more latents at each place bring: the autoencoder trained with so many, and a linear code."""
-    found = trials.by_latents()
+    """Reconstruction by number of latent channels: trained autoencoders, and a linear code."""
+    by_channels = trials.by_latents()
     drawing = Drawing(COLUMN, 2.0, layout="constrained")
-    latents = list(found)
+    channels = list(by_channels)
     for axes, score, title, scale in zip(
         drawing.subplots(1, 2), ("psnr", "detail"), ("PSNR, dB", "fine energy kept, %"), (1, 100), strict=True
     ):
         for name, colour in zip(IMAGE_SETS, SET_COLOURS, strict=True):
             for code, line in (("", "o-"), ("pca_", "o--")):
-                values = [scale * found[n].metrics[name][code + score] for n in latents]
-                axes.plot(latents, values, line, color=colour, mfc="white" if code else colour, label=name)
+                values = [scale * by_channels[n].metrics[name][code + score] for n in channels]
+                axes.plot(channels, values, line, color=colour, mfc="white" if code else colour, label=name)
         axes.set(title=title, xlabel="latents at a place", xscale="log")
-        axes.set_xticks(latents, [str(n) for n in latents])
+        axes.set_xticks(channels, [str(n) for n in channels])
         axes.minorticks_off()
         axes.grid(True, axis="y")
     handles = drawing.axes[0].get_lines()
     linear = Line2D([], [], color=INK, ls="--", marker="o", mfc="white", label="linear code")
     drawing.legend(handles=[*handles[::2], linear], loc="outside lower center", ncols=4)
-    return drawing.made_from(list(found.values()))
+    return drawing.made_from(list(by_channels.values()))
 
 
-def _millions(found: Sequence[Record]) -> list[float]:
-    return [record.config["images"] / 1e6 for record in found]
+def _millions(checkpoints: Sequence[Record]) -> list[float]:
+    return [record.config["images"] / 1e6 for record in checkpoints]
 
 
-def _hours_above(axes: Axes, found: Sequence[Record]) -> None:
-    """The hours of training that points of the curve had cost, where no other label is near."""
-    seen = _millions(found)
-    told: dict[float, str] = {}
-    for at, record in zip(seen, found, strict=True):
+def _hours_above(axes: Axes, checkpoints: Sequence[Record]) -> None:
+    """Hours of training above the checkpoints, where no other label is near."""
+    millions = _millions(checkpoints)
+    labels: dict[float, str] = {}
+    for at, record in zip(millions, checkpoints, strict=True):
         seconds = record.metrics["trained_seconds"]
-        if seconds is not None and all(at - other > (seen[-1] - seen[0]) / 4 for other in told):
-            told[at] = f"{seconds / 3600:.1f} h"
-    axes.secondary_xaxis("top").set_xticks(list(told), list(told.values()))
+        if seconds is not None and all(at - other > (millions[-1] - millions[0]) / 4 for other in labels):
+            labels[at] = f"{seconds / 3600:.1f} h"
+    axes.secondary_xaxis("top").set_xticks(list(labels), list(labels.values()))
 
 
 @figure("02_probing_study")
 def leakage_table() -> Drawing:
     """Transfer and leakage of each tuned part, for both attributes; filled: the method's choice."""
-    found = results()
+    table = results()
     drawing = Drawing(COLUMN, 2.75, layout="constrained")
     arms = list(ARMS)[::-1]
     colours = {"encoder": SHAPE, "decoder": APPEARANCE}
     for axes, attribute in zip(drawing.subplots(2, 2, sharey=True), ATTRIBUTES.values(), strict=True):
         transfer, leakage = axes
         for y, arm in enumerate(arms):
-            row, colour = found.rows[attribute.name][arm], colours.get(arm, INK)
+            row, colour = table.rows[attribute.name][arm], colours.get(arm, INK)
             look = {"color": colour, "mfc": colour if arm == attribute.part else "white", "zorder": 2}
             share = 100 * row.transfer["retrieval"]
             transfer.plot([0, share], [y, y], color=FROZEN, lw=0.8, zorder=1)
@@ -241,14 +240,14 @@ def leakage_table() -> Drawing:
         leakage.xaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2))
         for each in axes:
             each.tick_params(axis="y", length=0)
-    return drawing.made_from([record for record in found.used if record.kind == "study"])
+    return drawing.made_from([record for record in table.used if record.kind == "study"])
 
 
 @figure("03_method")
 def transfer_by_rank() -> Drawing:
-    """What is left of each attribute when the change of every weight is brought to a rank, and its size."""
-    found, used = ranks()
-    if not found:
+    """Transfer of each attribute, and file size, by the rank of the change of every weight."""
+    by_attribute, used = ranks()
+    if not by_attribute:
         raise KeyError("figures/records has no reference at every rank: `make study` makes it")
     large = at_full_size("size")
     drawing = Drawing(COLUMN, 2.9 if large is None else 4.2, layout="constrained")
@@ -256,7 +255,7 @@ def transfer_by_rank() -> Drawing:
     panels = drawing.subplots(2 if large is None else 3, 1, sharex=True)
     for axes, attribute in zip(panels[:2], ATTRIBUTES.values(), strict=True):
         score, label = scores[attribute.name]
-        rows, colour = found[attribute.name], SHAPE if attribute.part == "encoder" else APPEARANCE
+        rows, colour = by_attribute[attribute.name], SHAPE if attribute.part == "encoder" else APPEARANCE
         low = [row for row in rows if row.rank is not None]
         full = next(row for row in rows if row.rank is None and not row.exportable)
         travels = next(row for row in rows if row.exportable)

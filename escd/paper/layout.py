@@ -98,8 +98,8 @@ def room_of(name: str) -> str:
 def room_imports() -> list[tuple[str, str]]:
     """Which room imports from which other one, from the top to the bottom."""
     code = sources()
-    found = {(room_of(name), room_of(other)) for name, used in imports(code).items() for other in used}
-    return [(one, other) for one in ROOMS for other in ROOMS if one != other and (one, other) in found]
+    between = {(room_of(name), room_of(other)) for name, used in imports(code).items() for other in used}
+    return [(one, other) for one in ROOMS for other in ROOMS if one != other and (one, other) in between]
 
 
 @house_style()

@@ -1,7 +1,7 @@
-"""What the records say: the numbers of the README, the paper and the tables, and whether they come out again.
+"""The numbers of the README and the paper, from the records.
 
 No result is typed by hand. `numbers` gives each a key and a rounded text; `write_numbers` puts them into
-README.md and `paper/numbers.tex`; `run_again` runs some of the records once more and compares.
+README.md and `paper/numbers.tex`.
 """
 
 from __future__ import annotations
@@ -48,15 +48,29 @@ def numbers() -> dict[str, str]:
 
     Shares are percentages without the sign; what is undefined is "--". KeyError where a record is missing.
     """
-    folder = hub.MODELS["mini"].folder
-    weights = sorted(folder.rglob("*.safetensors"))
-    found = results()
+    values = _backbone_numbers() | _study_numbers() | _tuning_numbers() | _size_numbers()
+    for latents, record in trials.by_latents().items():
+        values["rate.images"] = f"{record.config['images']:,}"
+        for name in IMAGE_SETS:
+            scores, key = record.metrics[name], f"rate.{latents}.{name}"
+            for of, code in (("", ""), ("linear_", "pca_")):
+                values[f"{key}.{of}psnr"] = f"{scores[f'{code}psnr']:.1f}"
+                values[f"{key}.{of}detail"] = percent(scores[f"{code}detail"])
+    values["filters.weights"] = ablation.weights_in_words()
+    for arm, row in ablation.rows().items():
+        values |= {f"filters.{arm.replace(' ', '_')}.{name}": text for name, text in row.items()}
+    return values
+
+
+def _backbone_numbers() -> dict[str, str]:
+    """Size and training of `mini`, its autoencoder, the judges, and prompts obeyed."""
+    weights = sorted(hub.MODELS["mini"].folder.rglob("*.safetensors"))
     autoencoders, (judges, obedience) = backbone_records()
     values = {
         "backbone.images_seen": f"{images_seen(training()['unet']):,}",
         "backbone.parameters_m": f"{sum(_parameters(path) for path in weights) / 1e6:.1f}",
         "backbone.mb": f"{sum(path.stat().st_size for path in weights) / 1e6:.0f}",
-        # of the head that is right least often
+        # of the least accurate head
         "backbone.judge_accuracy": f"{100 * min(judges.metrics[name] for name in HEADS):.1f}",
         "backbone.judged_patterns": f"{100 * judges.metrics['pattern_judged']:.0f}",
         "obedience.prompts": str(obedience.config["prompts"]),
@@ -68,6 +82,19 @@ def numbers() -> dict[str, str]:
         values[f"{key}.psnr"] = f"{record.metrics['psnr']:.1f}"
         values[f"{key}.pca"] = f"{record.metrics['pca_psnr']:.1f}"
         values[f"{key}.detail"] = percent(record.metrics["detail"])
+    return values
+
+
+def _study_numbers() -> dict[str, str]:
+    """Every arm of the study, and what the arms gain beside each other."""
+    found = results()
+    one = next(record for record in found.used if record.kind == "study")
+    values = {
+        "study.references": str(found.references),
+        "study.prompts": str(len(one.metrics["prompts"])),
+        "study.sampler_steps": str(one.config["sampler_steps"]),
+        "study.guidance": f"{one.config['guidance_scale']:g}",
+    }
     for mode in ("shape", "appearance"):
         for arm, row in arms_of(found, mode):
             values |= {f"{mode}.{arm}.{name}": text for name, text in _row_numbers(mode, row).items()}
@@ -80,30 +107,35 @@ def numbers() -> dict[str, str]:
         other = {"encoder": "decoder", "decoder": "encoder"}[attribute.part]
         for what, gain in contrast(attribute.name, attribute.part, other).items():
             gains[f"{attribute.name}.{what.lower()}"] = gain
-        for part, one in alike(attribute.name).items():
+        for part, one_part in alike(attribute.name).items():
             if part in EQUAL_SIZE:
                 key = f"{attribute.name}.{part.replace('/', '_').replace('.', '_')}"
-                texts = _row_numbers(attribute.name, one.row)
+                texts = _row_numbers(attribute.name, one_part.row)
                 values |= {f"{key}.{name}": text for name, text in texts.items()}
-                values[f"{key}.mb"] = f"{one.megabytes:.1f}"
-                gains |= {f"{key}.{what.lower()}": gain for what, gain in one.beyond.items()}
+                values[f"{key}.mb"] = f"{one_part.megabytes:.1f}"
+                gains |= {f"{key}.{what.lower()}": gain for what, gain in one_part.beyond.items()}
     for key, gain in gains.items():
         ends = {"": gain.mean, "_low": gain.low, "_high": gain.high}
         places = LEAKAGE_PLACES if key.endswith(".leakage") else 2
         values |= {f"{key}.gain{end}": signed(value, places) for end, value in ends.items()}
-    one = next(record for record in found.used if record.kind == "study")
-    values |= {
-        "study.references": str(found.references),
-        "study.prompts": str(len(one.metrics["prompts"])),
-        "study.sampler_steps": str(one.config["sampler_steps"]),
-        "study.guidance": f"{one.config['guidance_scale']:g}",
-    }
+    return values
+
+
+def _tuning_numbers() -> dict[str, str]:
+    """Steps, seconds and file size of each attribute's tuning on `mini`."""
+    values = {}
     for record in cost_records():
         key = f"tuning.{record.config['tuning']['attribute']}"
         values["tuning.threads"] = str(record.config["threads"])
         values[f"{key}.steps"] = str(record.metrics["steps"])
         values[f"{key}.seconds"] = f"{record.metrics['seconds']:.0f}"
         values[f"{key}.mb"] = f"{record.metrics['megabytes']:.1f}"
+    return values
+
+
+def _size_numbers() -> dict[str, str]:
+    """Cost at Stable Diffusion 1.5's size; empty where it is not recorded."""
+    values = {}
     if (record := at_full_size("size")) is not None:
         seconds, sizes = record.metrics["seconds"], record.metrics["mb_at_rank"]
         for attribute in ATTRIBUTES.values():
@@ -116,16 +148,6 @@ def numbers() -> dict[str, str]:
         values["size.gb"] = f"{max(record.metrics['peak_gb'].values()):.0f}"
     for name, row in step_costs().items():
         values |= {f"step.{STEPS_OF[name]}.{key}": f"{ratio:.2f}" for key, ratio in row.items()}
-    for latents, record in trials.by_latents().items():
-        values["rate.images"] = f"{record.config['images']:,}"
-        for name in IMAGE_SETS:
-            scores, key = record.metrics[name], f"rate.{latents}.{name}"
-            for of, code in (("", ""), ("linear_", "pca_")):
-                values[f"{key}.{of}psnr"] = f"{scores[f'{code}psnr']:.1f}"
-                values[f"{key}.{of}detail"] = percent(scores[f"{code}detail"])
-    values["filters.weights"] = ablation.weights_in_words()
-    for arm, row in ablation.rows().items():
-        values |= {f"filters.{arm.replace(' ', '_')}.{name}": text for name, text in row.items()}
     return values
 
 
@@ -168,59 +190,57 @@ def _size_in_words(v: Mapping[str, str]) -> list[str]:
         return []
     return [
         "",
-        f"At Stable Diffusion 1.5's size, with random weights, at {v['size.pixels']} px, in float32 on a "
-        "CPU, three tuning steps with all that has to be prepared take "
-        f"{v['size.shape.seconds']} s for a shape and {v['size.appearance.seconds']} s for an appearance, "
-        f"and {v['size.gb']} GB at the most. What is kept is {v['size.shape.mb']} and "
-        f"{v['size.appearance.mb']} MB in full, {v['size.shape.mb_at_16']} and "
-        f"{v['size.appearance.mb_at_16']} MB at rank 16.",
+        f"Cost at Stable Diffusion 1.5's size (random weights, {v['size.pixels']} px, float32, CPU): three "
+        f"tuning steps with their preparation take {v['size.shape.seconds']} s for a shape and "
+        f"{v['size.appearance.seconds']} s for an appearance, with at most {v['size.gb']} GB of memory. "
+        f"The files have {v['size.shape.mb']} and {v['size.appearance.mb']} MB in full, "
+        f"{v['size.shape.mb_at_16']} and {v['size.appearance.mb_at_16']} MB at rank 16.",
     ]
 
 
 def _steps_in_words() -> list[str]:
-    """The README's lines on what a step costs beside the alternatives."""
+    """The README's lines on the cost of a step beside the alternatives."""
     record = at_full_size("tuning_cost")
     if record is None:
         return []
     config, measures = record.config, ("step", "gradients", "peak", "flops")
     lines = [
         "",
-        f"One step there beside its alternatives, measured side by side ({config['rounds']} rounds; "
-        f"{config['dtype']}, {config['pixels']} px, batch {config['batch']}, {record.threads} CPU threads, "
-        "AdamW), as shares of tuning the whole UNet:",
+        "Cost of a tuning step at that size, relative to tuning the whole UNet "
+        f"({config['rounds']} interleaved rounds; {config['dtype']}, {config['pixels']} px, batch "
+        f"{config['batch']}, {record.threads} CPU threads, AdamW):",
         "",
         "| tuning | time | without the optimiser | memory | arithmetic |",
         "|---|--:|--:|--:|--:|",
     ]
     for name, row in step_costs().items():
         lines.append(f"| {name} | " + " | ".join(f"{row[measure]:.2f}" for measure in measures) + " |")
-    default = 'At this size an appearance is tuned with the frozen encoder without gradients ("half").'
+    default = 'Default for an appearance at this size: no gradients in the frozen encoder ("half").'
     return [*lines, "", default]
 
 
 def _alike_in_words() -> list[str]:
     """The README's lines on the halves at equal size."""
-    made = alike_table()
-    if not made:
+    rows = alike_table()
+    if not rows:
         return []
-    said = (
-        "The halves at equal size: parts of the decoder that take about as much as the encoder, on the same "
-        "references and prompts (differences from the encoder, in IoU and in the share of pictures "
-        "retrieved, with their 95 % intervals):"
+    title = (
+        "Equal size: parts of the decoder about as large as the encoder, same references and prompts "
+        "(differences from the encoder in IoU and in the share of images retrieved, 95 % intervals):"
     )
-    return [said, "", made, ""]
+    return [title, "", rows, ""]
 
 
 def _filters_in_words() -> list[str]:
-    """The README's lines on what of the filters is needed."""
-    made = records.all(ablation.AblationConfig)
-    if not made:
+    """The README's lines on the ablation of the filters."""
+    found = records.all(ablation.AblationConfig)
+    if not found:
         return []
-    config = made[0].config
+    config = found[0].config
     return [
-        "The attribute filters alone, at zero tuning steps, with one thing taken away from them at a "
-        f"time and {config['images']:,} pictures to get over it behind the frozen UNet (differences from the "
-        f"first row with their 95 % intervals; {config['references']} development references; of "
+        "Ablation of the attribute filters, at zero tuning steps: each row removes one thing and retrains "
+        f"the filters on {config['images']:,} images with the UNet frozen (differences from the first row, "
+        f"95 % intervals; {config['references']} development references; results of "
         f"{ablation.weights_in_words()}):",
         "",
         ablation.table(),
@@ -229,7 +249,7 @@ def _filters_in_words() -> list[str]:
 
 
 def _rates_in_words(values: Mapping[str, str]) -> list[str]:
-    """What more latents at a place would bring; nothing where there is no record of it."""
+    """The README's lines on more latent channels; none where they are not recorded."""
     latents = [str(number) for number in trials.by_latents()]
     if len(latents) < 2:
         return []
@@ -239,10 +259,10 @@ def _rates_in_words(values: Mapping[str, str]) -> list[str]:
         return f"{', '.join(of_each[:-1])} and {of_each[-1]}"
 
     return [
-        f"Trained alike on {values['rate.images']} images, autoencoders with {', '.join(latents[:-1])} and "
-        f"{latents[-1]} latents at a place have {each('psnr')} dB on the tiles and keep {each('detail')} % "
-        "of their high-frequency energy ([figure](figures/autoencoder_rate.png)); "
-        f"`mini` has {LATENT_CHANNELS}, as Stable Diffusion has.",
+        f"More latent channels reconstruct better: with {', '.join(latents[:-1])} and {latents[-1]} of them, "
+        f"trained alike on {values['rate.images']} images, the tiles have {each('psnr')} dB and keep "
+        f"{each('detail')} % of their high-frequency energy ([figure](figures/autoencoder_rate.png)). `mini` "
+        f"has {LATENT_CHANNELS}, as Stable Diffusion.",
         "",
     ]
 
@@ -252,8 +272,8 @@ def _summary(values: Mapping[str, str]) -> str:
     v = values
     sets = IMAGE_SETS
     lines = [
-        f"`mini` has {v['backbone.parameters_m']} M parameters in {v['backbone.mb']} MB; its UNet has seen "
-        f"{v['backbone.images_seen']} rendered images.",
+        f"`mini` has {v['backbone.parameters_m']} M parameters in {v['backbone.mb']} MB; its UNet was "
+        f"trained on {v['backbone.images_seen']} rendered images.",
         "",
         "| autoencoder, held-out images | " + " | ".join(sets) + " |",
         "|---|" + "--:|" * 3,
@@ -266,23 +286,23 @@ def _summary(values: Mapping[str, str]) -> str:
         + " |",
         "",
         *_rates_in_words(v),
-        f"Of {v['obedience.prompts']} fresh prompts, one image each, the judges (right on at least "
-        f"{v['backbone.judge_accuracy']} % of the held-out renders whose answer is clear after the "
-        f"autoencoder; for the pattern these are {v['backbone.judged_patterns']} % of them) find the "
-        f"background obeyed in {v['obedience.background']} %, the colours in {v['obedience.colour']} %, "
-        f"the pattern in {v['obedience.pattern']} % and the shape in {v['obedience.shape']} %.",
+        f"`mini` draws what a prompt names: the background in {v['obedience.background']} %, the colours in "
+        f"{v['obedience.colour']} %, the pattern in {v['obedience.pattern']} % and the shape in "
+        f"{v['obedience.shape']} % of {v['obedience.prompts']} new prompts, one image each. The judges are "
+        f"classifiers, at least {v['backbone.judge_accuracy']} % accurate on held-out renders whose answer "
+        "is clear after the autoencoder (for the pattern, "
+        f"{v['backbone.judged_patterns']} % of the renders).",
         "",
-        f"One reference image, {v['study.references']} references, {v['study.prompts']} prompts each, "
-        f"{v['study.sampler_steps']} DDIM steps, guidance {v['study.guidance']}:",
+        f"Customization from one image: {v['study.references']} references, {v['study.prompts']} prompts "
+        f"each, {v['study.sampler_steps']} DDIM steps, guidance {v['study.guidance']}:",
         "",
         results_table(),
         "",
         *_alike_in_words(),
         *_filters_in_words(),
-        f"Learning takes {v['tuning.shape.steps']} steps for a shape ({v['tuning.shape.seconds']} s on "
-        f"{v['tuning.threads']} CPU threads, {v['tuning.shape.mb']} MB) and "
-        f"{v['tuning.appearance.steps']} for an appearance "
-        f"({v['tuning.appearance.seconds']} s, {v['tuning.appearance.mb']} MB).",
+        f"Cost on `mini`, on {v['tuning.threads']} CPU threads: {v['tuning.shape.steps']} steps for a shape "
+        f"({v['tuning.shape.seconds']} s, {v['tuning.shape.mb']} MB) and {v['tuning.appearance.steps']} for "
+        f"an appearance ({v['tuning.appearance.seconds']} s, {v['tuning.appearance.mb']} MB).",
         *_size_in_words(v),
         *_steps_in_words(),
     ]

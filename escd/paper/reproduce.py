@@ -24,7 +24,7 @@ REPEATS, REPEAT_SECONDS = 2, 60.0
 
 
 class FreshStudy(Study):
-    """A study that learns every part anew: what an earlier run left behind proves nothing."""
+    """A study that tunes every part again, without the customizations that earlier runs kept."""
 
     def learn(
         self, attribute: str, reference: Reference, tuning: TuningConfig, backbone: str = "mini"
@@ -32,34 +32,33 @@ class FreshStudy(Study):
         return learn_now(reference.image, attribute, tuning, self.backbone(backbone)).customization
 
 
-def repeatable(found: Sequence[Record], count: int = REPEATS) -> list[Record]:
-    """At most `count` records that any clone can run again in a minute each; the commit says which."""
-    cheap = [r for r in found if r.kind == "study" and r.device == "cpu" and _seconds(r) <= REPEAT_SECONDS]
+def repeatable(stored: Sequence[Record], count: int = REPEATS) -> list[Record]:
+    """At most `count` records that any clone can run again in a minute each, chosen by the commit."""
+    cheap = [r for r in stored if r.kind == "study" and r.device == "cpu" and _seconds(r) <= REPEAT_SECONDS]
     turn = records.commit() or ""
     return sorted(cheap, key=lambda r: hashlib.sha256(f"{turn}{r.key}".encode()).hexdigest())[:count]
 
 
 def _seconds(record: Record) -> float:
-    """What running a record again takes: what an earlier run learnt and kept is learnt again, too."""
+    """Seconds to run a record again, with the tuning of customizations that were kept from earlier runs."""
     return record.seconds + sum(one["seconds"] for one in record.learnt.values() if one["kept"])
 
 
 def run_again(
-    found: Sequence[Record],
+    stored: Sequence[Record],
     everything: Sequence[Record],
     score: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """Run records again; what differs, one line each, none if they come out the same.
+    """Run records again; returns a line for each difference.
 
-    Where machine, instruction set, threads and versions are the record's, to the bit. Elsewhere each score's
-    mean over a run's pictures may differ by three standard errors of such a mean, taken from the spread over
-    pictures (each has a prompt and a seed of its own) within the runs of `everything`; of a score that is
-    yes or no, one picture may always turn.
+    On the record's platform (machine, instruction set, threads, versions) results must be equal to the bit.
+    Elsewhere, each score's mean over a run's images may differ by three standard errors, from the spread over
+    images within the runs of `everything`; a yes-or-no score may always differ in one image.
     """
     score = score or FreshStudy(device="cpu").score
     lines = []
     threads = torch.get_num_threads()
-    for record in found:
+    for record in stored:
         torch.set_num_threads(record.threads)  # the number of threads decides the order of sums
         try:
             fresh = score(records.config_of(record, StudyConfig))
@@ -79,7 +78,7 @@ def run_again(
 
 
 def _means(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """The mean of each score over a run's pictures; None where no picture has it."""
+    """The mean of each score over a run's images; None where no image has it."""
     numbers_of = {
         name: [float(v) for v in values if v is not None]
         for name, values in metrics.items()
@@ -89,7 +88,7 @@ def _means(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _bounds(record: Record, everything: Sequence[Record]) -> dict[str, float]:
-    """Three standard errors of each score's mean over a run's pictures, but one picture's yes or no."""
+    """Three standard errors of each score's mean over a run's images, at least one image's yes or no."""
     alike = [
         r for r in everything if r.kind == record.kind and r.config["attribute"] == record.config["attribute"]
     ]
@@ -100,7 +99,7 @@ def _bounds(record: Record, everything: Sequence[Record]) -> dict[str, float]:
         if runs:
             variance = float(np.mean([np.var(run, ddof=1) for run in runs]))
             values = record.metrics[name]
-            # Where nearly all are right, the spread says nothing of how few pictures a run has.
+            # Where nearly all are right, the spread underestimates the error of a few images.
             one = 1 / len(values) if all(isinstance(v, bool) for v in values if v is not None) else 0.0
             bounds[name] = max(3 * math.sqrt(variance / len(values)), one)
     return bounds

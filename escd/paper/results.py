@@ -40,13 +40,13 @@ WANTED = {"shape": "silhouette", "appearance": "material"}  # the retrieval that
 
 @cache
 def study() -> Study:
-    """The study on the CPU, where its bits can be had again."""
+    """The study on the CPU, where it is reproducible to the bit."""
     return Study(device="cpu")
 
 
 @dataclass(frozen=True)
 class Results:
-    """The study's table, by mode and arm, and the records it is made from."""
+    """The study's table, by mode and arm, and its records."""
 
     rows: dict[str, dict[str, Row]]
     references: int  # for which every arm is stored
@@ -55,7 +55,7 @@ class Results:
 
 
 def current(config: Any) -> Record:
-    """The stored record of a config, made from the inputs that are here now; KeyError where there is none."""
+    """The stored record of a config with the present inputs; KeyError where there is none."""
     return records.get(config, inputs=study().inputs(config))
 
 
@@ -95,10 +95,10 @@ def _fingerprint() -> str:
 
 
 def contrast(attribute: str, one: str, other: str, which: str = "evaluation") -> dict[str, Interval]:
-    """What tuning part `one` gives beyond tuning part `other`, picture by picture, with 95 % intervals.
+    """Differences of tuning part `one` from tuning part `other`, image by image, with 95 % intervals.
 
-    `transfer`: is the wanted attribute retrieved; of a shape also `IoU`; `leakage`: similarity of the
-    unwanted one. A picture without a foreground counts as a miss and as a leak; whole references are
+    `transfer`: whether the wanted attribute is retrieved; for a shape also `IoU`; `leakage`: similarity of
+    the unwanted one. An image without a foreground counts as a miss and as a leak; whole references are
     resampled.
     """
     wanted, unwanted = WANTED[attribute], {"shape": "texture_similarity", "appearance": "iou"}[attribute]
@@ -152,9 +152,9 @@ def alike(attribute: str, which: str = "evaluation") -> dict[str, Alike]:
 
 
 def composed(one: str = "ours", other: str = "reversed", which: str = "evaluation") -> Interval:
-    """How much more of the pictures have both attributes right under arm `one` than under arm `other`.
+    """Difference of arm `one` from arm `other` in the share of images with both attributes right.
 
-    Picture by picture, with the 95 % interval over pairs of references.
+    Image by image, with the 95 % interval over pairs of references.
     """
     by_arm: dict[str, dict[str, list[bool]]] = {one: {}, other: {}}
     for record in results(which).used:
@@ -193,7 +193,7 @@ def experiments(attribute: str, which: str = "development") -> list[tuple[Tuning
 
 @dataclass(frozen=True)
 class AtRank:
-    """An attribute's customizations at one rank: mean over the references' pictures, and size of each."""
+    """An attribute's customizations at one rank: mean scores over images, and mean size."""
 
     rank: int | None  # None: in full
     exportable: bool
@@ -242,16 +242,16 @@ def ranks(which: str = "evaluation") -> tuple[dict[str, list[AtRank]], list[Reco
     }, used
 
 
-def smallest_rank(attribute: str, found: Sequence[AtRank], within: float = 0.02) -> AtRank | None:
+def smallest_rank(attribute: str, ranks: Sequence[AtRank], within: float = 0.02) -> AtRank | None:
     """The smallest rank that keeps the transfer to `within` of the full change's, relatively; None if none.
 
     Transfer is the aligned IoU for a shape and the share of materials retrieved for an appearance.
     """
     score = "iou" if attribute == "shape" else "retrieval"
-    full = next(one for one in found if one.rank is None and not one.exportable)
+    full = next(one for one in ranks if one.rank is None and not one.exportable)
     enough = [
         one
-        for one in found
+        for one in ranks
         if one.rank is not None and one.transfer[score] >= (1 - within) * full.transfer[score]
     ]
     return min(enough, key=lambda one: one.rank, default=None)
@@ -268,14 +268,14 @@ def training(backbone: str = "mini") -> dict[str, dict]:
 
 
 def images_seen(record: Mapping[str, Any]) -> int:
-    """Images a stage has seen, with those of the trainings it went on from."""
+    """Training images of a stage, with those of earlier trainings."""
     return record["images"] + sum(one["images"] for one in record.get("earlier", ()))
 
 
 def at_full_size(kind: str) -> Record | None:
     """The newest record of a kind at Stable Diffusion 1.5's size on a CPU: "size", "tuning_cost"."""
-    made = [r for r in records.all(kind) if r.config["size"] == "sd15" and r.device == "cpu"]
-    return made[-1] if made else None
+    stored = [r for r in records.all(kind) if r.config["size"] == "sd15" and r.device == "cpu"]
+    return stored[-1] if stored else None
 
 
 # What `benchmarks/tuning_cost.py` compares, and the paper's keys; the others are held to the first.
@@ -306,7 +306,7 @@ def step_costs() -> dict[str, dict[str, float]]:
 
 @dataclass(frozen=True)
 class CostConfig:
-    """What it costs to learn one attribute of one reference on a few CPU threads."""
+    """Cost of tuning one attribute of one reference on a few CPU threads."""
 
     tuning: TuningConfig
     reference: str
@@ -316,7 +316,7 @@ class CostConfig:
 
 
 def cost(config: CostConfig) -> dict[str, float]:
-    """Seconds of one tuning, and the size of what it leaves."""
+    """Steps and seconds of one tuning, and the customization's size."""
     reference = load_references(which=config.list)[config.reference]
     backbone = study().backbone(config.backbone)
     threads = torch.get_num_threads()
@@ -330,7 +330,7 @@ def cost(config: CostConfig) -> dict[str, float]:
 
 
 def cost_records() -> list[Record]:
-    """What each attribute costs with its defaults; measured where that is not stored."""
+    """Each attribute's cost with its defaults; measured where it is not stored."""
     first = load_references(which="development")[0].id
     runs = [CostConfig(TuningConfig.of(attribute), first) for attribute in ATTRIBUTES]
     return [records.get(run, cost, inputs=weights_of(run.backbone), device="cpu") for run in runs]
@@ -343,6 +343,6 @@ def weights_of(backbone: str) -> dict[str, str]:
 
 def backbone_records() -> tuple[list[Record], list[Record]]:
     """Records of the autoencoder's three sets; of the judges and of obedience."""
-    found = [(config, current(config)) for config in backbone_configs()]
-    of_sets = [record for config, record in found if isinstance(config, AutoencoderConfig)]
-    return of_sets, [record for config, record in found if not isinstance(config, AutoencoderConfig)]
+    pairs = [(config, current(config)) for config in backbone_configs()]
+    of_sets = [record for config, record in pairs if isinstance(config, AutoencoderConfig)]
+    return of_sets, [record for config, record in pairs if not isinstance(config, AutoencoderConfig)]

@@ -1,4 +1,4 @@
-"""Generated images that are kept with a record."""
+"""Generated images that are stored with a record."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .results import study, weights_of
 
 @dataclass(frozen=True)
 class SheetConfig:
-    """One run of the pipeline over several prompts, with what was learnt from references."""
+    """One run of the pipeline over several prompts, with customizations of references."""
 
     prompts: tuple[str, ...]
-    # Ids of evaluation references, and how their shape and their appearance were learnt.
+    # Ids of evaluation references, and how their shape and their appearance are tuned.
     shape: str | None = None
     appearance: str | None = None
     shape_tuning: TuningConfig | None = None
@@ -39,7 +39,7 @@ class SheetConfig:
 
 
 def sheet(prompts: Sequence[str], shape: str | None = None, appearance: str | None = None) -> SheetConfig:
-    """The sheet of some prompts with each attribute learnt the default way."""
+    """A sheet of prompts, with each attribute tuned by default."""
     return SheetConfig(
         tuple(prompts),
         shape,
@@ -51,11 +51,11 @@ def sheet(prompts: Sequence[str], shape: str | None = None, appearance: str | No
 
 @dataclass(frozen=True)
 class ProcessConfig:
-    """A picture of the world noised, and one made from noise, both looked at on the way."""
+    """An image of the world while it is noised, and one while it is generated from noise."""
 
     prompt: str
-    sample: int  # the picture's number in World(seed=0)
-    shown: tuple[int, ...]  # how many of the steps from noise have been taken
+    sample: int  # the image's number in World(seed=0)
+    shown: tuple[int, ...]  # numbers of steps taken from noise
     backbone: str = "mini"
     seed: int = 0
     steps: int = 25
@@ -63,9 +63,9 @@ class ProcessConfig:
 
 
 def stored_images(config: SheetConfig | ProcessConfig) -> tuple[Record, list[np.ndarray]]:
-    """A config's record and its images, (H, W, 3) uint8 each; they are made where the record is not there.
+    """A config's record and its images, (H, W, 3) uint8 each; generated where there is no record.
 
-    Raises ValueError when the stored pixels are not those the record was made with.
+    Raises ValueError when the stored pixels are not the record's.
     """
     folder = records.FOLDER / "images"
     path = folder / f"{records.key_of(config)[:16]}.png"
@@ -87,7 +87,7 @@ def stored_images(config: SheetConfig | ProcessConfig) -> tuple[Record, list[np.
 
 
 def _inputs(config: SheetConfig | ProcessConfig) -> dict[str, str]:
-    """sha256 of everything a config's images were made from: weights and references."""
+    """sha256 of what a config's images depend on: weights and references."""
     inputs = dict(weights_of(config.backbone))
     for name in {getattr(config, "shape", None), getattr(config, "appearance", None)} - {None}:
         inputs |= load_references()[name].inputs
@@ -142,7 +142,7 @@ def _make_process(config: ProcessConfig) -> tuple[list[np.ndarray], dict]:
     times = [*scheduler.timesteps.tolist(), 0]
     times = [times[step] for step in config.shown]
     x_0 = backbone.encode_images(World(seed=0)[config.sample].image[None])
-    # t = 0 is the picture itself: the schedule has no such time
+    # t = 0 is the image itself; the schedule has no such time.
     noised = [scheduler.add_noise(x_0, noise, torch.tensor([t])) if t else x_0 for t in times]
     latents = torch.cat([*noised, *(taken[step] for step in config.shown)])
     return [pixels(image) for image in backbone.decode_latents(latents)], {"times": times}

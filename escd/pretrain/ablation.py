@@ -1,9 +1,9 @@
-"""What of the attribute filters is needed: `python -m escd.pretrain.ablation` takes it away from them.
+"""Ablation of the attribute filters: `python -m escd.pretrain.ablation`.
 
-Every arm begins from the filters that ship, leaves one thing out, lets the rest get over it behind `mini`'s
-frozen UNet, on the same pictures, and is scored at zero tuning steps on the development references: what its
-pseudo-words alone bring along. (Begun anew, filters need longer: after 8000 pictures behind the frozen UNet
-none of the arms is off the floor, but for the one whose reference is its own target.)
+Each arm starts from the shipped filters, removes one thing and retrains them on the same images, with the
+UNet frozen. It is scored at zero tuning steps on the development references: what its pseudo-words
+transfer. (From random weights 8,000 images are too few: only the arm whose reference is its target leaves the
+floor.)
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ from ..method.tuning import customize
 from . import loop
 from .unet import UNetStage
 
-# An arm, and what it is: the words of the table.
+# Arm -> its text in the tables.
 ARMS = {
-    "all": "as shipped, trained on as briefly as the others",
+    "all": "as shipped, retrained like the others",
     "no features": "without the UNet's features",
     "no tower": "without the image tower",
-    "no word": "an article for the sub-attribute's word",
-    "class word": "a class word for the sub-attribute's word",
-    "not told": "no outline or material to be told",
-    "own picture": "nor another picture: the reference is the target (E4T)",
+    "no word": "an article instead of the sub-attribute's word",
+    "class word": "a class word instead of the sub-attribute's word",
+    "not told": "without the probe losses",
+    "own picture": "without these, and the reference is the target (E4T)",
 }
 WORDS = {"no word": "a", "class word": "object"}
 
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """Filters trained on so many more pictures, and scored on the development references."""
+    """Filters retrained on `images` images and scored on the development references."""
 
     arm: str
-    images: int = 8_000
-    references: int = 12
     backbone: str = "mini"
+    references: int = 12
+    images: int = 8_000
     seed: int = 0
 
 
 class Nothing(nn.Module):
-    """In the place of a filter's layers for what it is not to read."""
+    """Zeros, in the place of a filter's layer whose input is removed."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -70,10 +70,10 @@ class Nothing(nn.Module):
 
 
 class AblationStage(UNetStage):
-    """The filters that ship, without something, behind the UNet that ships, which stays as it is."""
+    """The shipped filters with one thing removed, and the shipped UNet, frozen."""
 
     loop = loop.LoopConfig(images=8_000, batch_size=64, learning_rate=3e-4, decay=0.6, ema_decay=0.98)
-    # Every picture is under a pseudo-word.
+    # Every caption holds a pseudo-word.
     shares = (0.4375, 0.4375, 0.125)
 
     def __init__(self, device: torch.device, folder: Path, arm: str) -> None:
@@ -97,13 +97,13 @@ class AblationStage(UNetStage):
             self.module.probe_weight = 0.0
 
     def export(self, folder: Path) -> None:
-        """Nothing: it is scored where it was trained."""
+        """Export nothing: the filters are scored in memory."""
 
 
 def score(config: AblationConfig) -> dict[str, Any]:
-    """Train one arm and score its pseudo-words; "shape" and "appearance" hold one value a picture.
+    """Train one arm and score its pseudo-words; "shape" and "appearance" hold one value for each image.
 
-    A killed training goes on where it was; the state of one that was scored is thrown away.
+    A killed training resumes; its state is removed once it is scored.
     """
     folder, stages = MODELS[config.backbone].folder, []
 
@@ -114,19 +114,21 @@ def score(config: AblationConfig) -> dict[str, Any]:
 
     scratch = paths.RUNS / "ablation" / config.arm.replace(" ", "-")
     scratch.mkdir(parents=True, exist_ok=True)
-    told = loop.train(make, weights=scratch, images=config.images, evaluations=1)["scores"][-1]
+    errors = loop.train(make, weights=scratch, images=config.images, evaluations=1)["scores"][-1]
     backbone, listed, judges = stages[0].backbone, load_references(which="development"), load_judges()
     stages[0].module.requires_grad_(False).eval()
-    metrics: dict[str, Any] = {"errors": {name: told[name] for name in ATTRIBUTES}}
+    metrics: dict[str, Any] = {"errors": {name: errors[name] for name in ATTRIBUTES}}
     for name in ATTRIBUTES:
         wanted = ("iou", "silhouette") if name == "shape" else ("combined", "material")
         metrics[name] = {key: [] for key in wanted}
         for reference in list(listed)[: config.references]:
-            learnt = customize(reference.image, name, backbone, steps=0, seed=config.seed)
-            pipe = ESCDPipeline(backbone, **{name: learnt})
+            untuned = customize(reference.image, name, backbone, steps=0, seed=config.seed)
+            pipe = ESCDPipeline(backbone, **{name: untuned})
             pipe.set_progress_bar_config(disable=True)
-            asked = prompts_for(reference, name)
-            scores = score_customization(pipe, asked, reference, reference, listed, judges, seed=config.seed)
+            prompts = prompts_for(reference, name)
+            scores = score_customization(
+                pipe, prompts, reference, reference, listed, judges, seed=config.seed
+            )
             for key in wanted:
                 metrics[name][key] += scores[key]
     shutil.rmtree(loop.RUNS / stages[0].name)
@@ -134,7 +136,7 @@ def score(config: AblationConfig) -> dict[str, Any]:
 
 
 def inputs(config: AblationConfig) -> dict[str, str]:
-    """sha256 of what an arm's numbers come from."""
+    """sha256 of what an arm's scores depend on."""
     folder = MODELS[config.backbone].folder
     return {
         "UNet": records.sha256(folder / "unet"),
@@ -145,19 +147,19 @@ def inputs(config: AblationConfig) -> dict[str, str]:
 
 
 def rows(folder: Path | None = None) -> dict[str, dict[str, str]]:
-    """The arms that have a record, and their scores as rounded texts; empty where there is no record of all.
+    """The recorded arms and their scores as rounded texts; empty where the first arm has no record.
 
-    Each arm's pseudo-words untuned, on the development references: `iou` and `silhouettes` retrieved among 20
-    under "*m", `materials` retrieved and the combined `distance` under "*a"; shares in %. Of the arms that
-    leave something out also `iou_difference` and `distance_difference` from the first arm's on the same
-    references and prompts, with the 95 % bootstrap interval.
+    Untuned pseudo-words on the development references: `iou` and `silhouettes` retrieved among 20 with "*m",
+    `materials` retrieved and the combined `distance` with "*a"; shares in %. For the other arms also
+    `iou_difference` and `distance_difference` from the first arm, on the same references and prompts, with
+    their 95 % bootstrap intervals.
     """
-    found = {r.config["arm"]: r.metrics for r in records.all(AblationConfig, folder=folder)}
+    metrics = {r.config["arm"]: r.metrics for r in records.all(AblationConfig, folder=folder)}
     texts: dict[str, dict[str, str]] = {}
-    for arm in ARMS if "all" in found else ():
-        if arm not in found:
+    for arm in ARMS if "all" in metrics else ():
+        if arm not in metrics:
             continue
-        shape, look = (found[arm][name] for name in ATTRIBUTES)
+        shape, look = (metrics[arm][name] for name in ATTRIBUTES)
         overlaps = _none_as(0.0, shape["iou"])
         texts[arm] = {
             "iou": f"{np.mean(overlaps):.2f}",
@@ -166,7 +168,7 @@ def rows(folder: Path | None = None) -> dict[str, dict[str, str]]:
             "distance": f"{np.mean([far for far in look['combined'] if far is not None]):.1f}",
         }
         if arm != "all":
-            whole_shape, whole_look = (found["all"][name] for name in ATTRIBUTES)
+            whole_shape, whole_look = (metrics["all"][name] for name in ATTRIBUTES)
             texts[arm] |= {
                 "iou_difference": _difference(overlaps, _none_as(0.0, whole_shape["iou"])),
                 "distance_difference": _difference(look["combined"], whole_look["combined"]),
@@ -175,9 +177,9 @@ def rows(folder: Path | None = None) -> dict[str, dict[str, str]]:
 
 
 def weights_in_words(folder: Path | None = None) -> str:
-    """Whose numbers the records hold: "the weights that ship", or "earlier weights"."""
-    made = records.all(AblationConfig, folder=folder)
-    now = all(r.inputs == inputs(records.config_of(r, AblationConfig)) for r in made)
+    """Which weights the records are from: "the weights that ship" or "earlier weights"."""
+    stored = records.all(AblationConfig, folder=folder)
+    now = all(r.inputs == inputs(records.config_of(r, AblationConfig)) for r in stored)
     return "the weights that ship" if now else "earlier weights"
 
 
@@ -187,8 +189,8 @@ def table(folder: Path | None = None) -> str:
         "| filters | IoU | difference | silhouettes | materials | distance | difference |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    found = rows(folder)
-    for arm, row in found.items():
+    arms = rows(folder)
+    for arm, row in arms.items():
         cells = [
             row["iou"],
             row.get("iou_difference", ""),
@@ -198,35 +200,35 @@ def table(folder: Path | None = None) -> str:
             row.get("distance_difference", ""),
         ]
         lines.append(f"| {ARMS[arm]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) if found else ""
+    return "\n".join(lines) if arms else ""
 
 
 def _none_as(value: float, scores: Sequence[float | None]) -> list[float]:
-    """A picture without a foreground has no score."""
+    """Scores with `value` for images without a foreground, which have none."""
     return [value if score is None else score for score in scores]
 
 
 def _difference(scores: Sequence[float | None], others: Sequence[float | None]) -> str:
-    """Of the pictures that have a score in both; those of one reference are resampled together."""
+    """Mean difference and interval over images scored in both; whole references are resampled."""
     both = [
         (a, b, k // PROMPTS)
         for k, (a, b) in enumerate(zip(scores, others, strict=True))
         if a is not None and b is not None
     ]
     mine, theirs, reference = zip(*both, strict=True)
-    found = paired_bootstrap(mine, theirs, groups=reference)
-    return f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    difference = paired_bootstrap(mine, theirs, groups=reference)
+    return f"{difference.mean:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train and score every arm that has no record yet (side by side: start it twice, with other arms)."""
+    """Train and score every arm without a record (in parallel: start it twice, with different arms)."""
     parser = argparse.ArgumentParser(prog="python -m escd.pretrain.ablation", description=main.__doc__)
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
-    parser.add_argument("--images", type=int, default=AblationConfig.images, help="an arm")
+    parser.add_argument("--images", type=int, default=AblationConfig.images, help="images per arm")
     parser.add_argument("--records", type=Path, help="folder of the records (default: figures/records)")
     arguments = parser.parse_args(argv)
     for arm in arguments.arms:
-        config = AblationConfig(arm, arguments.images)
+        config = AblationConfig(arm, images=arguments.images)
         record = records.get(config, score, inputs=inputs(config), folder=arguments.records)
         print(f"{arm}: {record.metrics['errors']}", flush=True)
 

@@ -1,10 +1,9 @@
 """Attribute filters for a pretrained backbone, from a folder of images: `python -m escd.pretrain filters`.
 
-`mini`'s filters learn together with its UNet (`escd.pretrain.unet`). A large text-to-image model has words
-between its words already and stays frozen here; the filters learn to write them from a person's own images.
-Nobody has labelled these, so the pairs are made: of one image two views that share its shape (or its
-appearance) and nothing else, as tuning makes them (`escd.method.views`), one for the filter to read and one
-to be denoised under a prompt that says the rest.
+The backbone stays frozen (`mini`'s filters are trained together with its UNet: `escd.pretrain.unet`). The
+images have no labels. Each pair is two views of one image that share only its shape (or only its appearance),
+from the augmentation of tuning (`escd.method.views`): the filter reads one, the other is denoised under a
+prompt that names the rest.
 """
 
 from __future__ import annotations
@@ -32,30 +31,28 @@ from .diffusion_loss import FiltersInTraining, denoising_error
 from .loop import LoopConfig
 from .pairs import materials, outlines
 
-NEEDED = 8  # images: fewer than that say nothing about the next one
-# Share of the images that are kept for the evaluation.
-KEPT = 0.1
-# Images whose features give the mean and the deviation the filters take for each feature.
-STANDARD = 64
+NEEDED = 8  # images at least
+HELD_OUT = 0.1  # share of the images for the evaluation
+STANDARD = 64  # images that the mean and deviation of each feature come from
 
 
 @dataclass
 class Pairs:
-    """Some rows of one attribute: embeds_ref (N, W) of the references, latents and prompts of the targets.
+    """A batch of one attribute: embeds_ref (N, W) of the references, latents and prompts of the targets.
 
-    truth: what is to be told of the attribute, (N, K); known: (N,) of which rows it is known.
+    probe_targets: (N, K); probed: (N,) bool, the rows with a valid probe target.
     """
 
     attribute: str
     embeds_ref: Tensor
     x_0: Tensor
     prompts: list[str]
-    truth: Tensor
-    known: Tensor
+    probe_targets: Tensor
+    probed: Tensor
 
 
 class FilterLoss(FiltersInTraining):
-    """Eq. 2 on the targets, under prompts whose pseudo-word the filter made from the references (Eq. 5)."""
+    """Eq. 2 on the targets, under prompts with the references' pseudo-words (Eq. 5), plus the probe loss."""
 
     def forward(self, batch: list[Pairs]) -> tuple[Tensor, dict[str, Tensor]]:
         logs = {}
@@ -63,13 +60,15 @@ class FilterLoss(FiltersInTraining):
             word = self.backbone.word_embedding(ATTRIBUTES[pairs.attribute].word)
             v = self.filters[pairs.attribute](pairs.embeds_ref, word).float()
             logs[pairs.attribute] = self.error(pairs, v)
-            if pairs.known.any():
-                told = self.told(pairs.attribute, pairs.embeds_ref[pairs.known], pairs.truth[pairs.known])
-                logs[f"{pairs.attribute}, told"] = told
+            rows = pairs.probed
+            if rows.any():
+                logs[f"{pairs.attribute}, probe"] = self.probe_loss(
+                    pairs.attribute, pairs.embeds_ref[rows], pairs.probe_targets[rows]
+                )
         return torch.stack(list(logs.values())).sum(), logs
 
     def error(self, pairs: Pairs, v: Tensor) -> Tensor:
-        """The UNet's weighted squared error, a scalar, where the pseudo-word is v, (D,) or (N, D)."""
+        """Weighted squared error, a scalar, with the pseudo-word's embedding v, (D,) or (N, D)."""
         backbone, unet = self.backbone, self.backbone.unet
         text = backbone.encode_prompt(pairs.prompts, {ATTRIBUTES[pairs.attribute].token: v}).to(unet.dtype)
         t = torch.randint(0, backbone.scheduler.config.num_train_timesteps, (len(pairs.x_0),))
@@ -93,18 +92,20 @@ class FilterStage:
         self.backbone = load_backbone(backbone, device=device, dtype=dtype)
         self.module = FilterLoss(self.backbone).to(device)
         self.device, self.heavy = device, []
-        # A run's state is of one backbone, whose filters are what it learns.
+        # One state for each backbone.
         self.name = f"{self.name}-{self.backbone.identity_without_filters}"
-        kept = max(1, round(KEPT * len(files)))
-        self.learnt, self.unseen = files[kept:], files[:kept]
-        first = torch.stack([self._open(file) for file in self.learnt[:STANDARD]])
+        kept = max(1, round(HELD_OUT * len(files)))
+        self.files, self.held_out = files[kept:], files[:kept]
+        first = torch.stack([self._open(file) for file in self.files[:STANDARD]])
         features = torch.cat([self._features(x, seed=0) for x in first.split(4)])
         for learnt in self.module.filters.values():
             learnt.standardise(features)
-        self.fixed = [pairs for k in range(4) for pairs in self._pairs(self.unseen, k * len(self.unseen), 8)]
+        self.fixed = [
+            pairs for k in range(4) for pairs in self._pairs(self.held_out, k * len(self.held_out), 8)
+        ]
 
     def load(self, folder: Path) -> None:
-        """Go on from filters that `export` wrote."""
+        """Take filters that `export` wrote."""
         self.module.load(folder)
 
     def _open(self, file: Path) -> Tensor:
@@ -115,30 +116,30 @@ class FilterStage:
 
     def _pairs(self, files: list[Path], first: int, count: int) -> list[Pairs]:
         """The pairs first ... first + count - 1: half of them for each attribute."""
-        out = []
+        batches = []
         for name, attribute in ATTRIBUTES.items():
             config = TuningConfig.of(attribute, views=2, augmentation=1.0)
             references, targets, prompts, masks = [], [], [], []
             for k in range(first, first + max(1, count // 2)):
                 image = self._open(files[k % len(files)])
-                views, _, said = views_of(Reference(image), replace(config, seed=k))
-                # A person's reference is an image as it is; a changed one teaches what not to read of it.
+                views, _, known = views_of(Reference(image), replace(config, seed=k))
+                # A person's reference is an unchanged image; an augmented one teaches what to ignore.
                 references.append(image if k // len(files) % 2 == 0 else views[0])
                 targets.append(views[1])
-                usable = readable(self.backbone, attribute.token, said[1], PROMPTS[config.recipe])
+                usable = readable(self.backbone, attribute.token, known[1], PROMPTS[config.recipe])
                 prompts.append(usable[k // len(files) % len(usable)])
                 masks.append(foreground_mask(image[None]))
-            inside = torch.cat([mask for mask, _ in masks])[:, None].float().to(self.device)
+            mask = torch.cat([each for each, _ in masks])[:, None].float().to(self.device)
             images = torch.stack(references)
-            out.append(
+            batches.append(
                 Pairs(
                     attribute=name,
                     embeds_ref=self._features(images, seed=first),
                     x_0=self.backbone.encode_images(torch.stack(targets)).float(),
                     prompts=prompts,
-                    truth=outlines(inside) if name == "shape" else materials(images, inside),
-                    # A view of another outline shows its material elsewhere.
-                    known=torch.tensor(
+                    probe_targets=outlines(mask) if name == "shape" else materials(images, mask),
+                    # A view with another outline has its material outside this mask.
+                    probed=torch.tensor(
                         [
                             not failed[0] and (name == "shape" or k // len(files) % 2 == 0)
                             for k, (_, failed) in enumerate(masks, first)
@@ -147,15 +148,16 @@ class FilterStage:
                     ),
                 )
             )
-        return out
+        return batches
 
     def batch(self, first: int, count: int) -> list[Pairs]:
-        return self._pairs(self.learnt, first, count)
+        """Pairs of the training images."""
+        return self._pairs(self.files, first, count)
 
     def evaluate(self) -> dict[str, float]:
-        """The error on images kept apart, with the filters' pseudo-words and with the plain words.
+        """Error on held-out images with the filters' pseudo-words, and with the plain words instead.
 
-        The same noise for both: a filter is worth its while when the first is the lower.
+        Both with the same noise: a filter helps when the first is lower.
         """
         scores: dict[str, list[float]] = {}
         for k, pairs in enumerate(self.fixed):
@@ -168,35 +170,36 @@ class FilterStage:
         return {kind: round(sum(errors) / len(errors), 5) for kind, errors in scores.items()}
 
     def grid(self, path: Path) -> None:
-        """Rows: images kept apart; a picture of the shape of each; one of its appearance, at zero steps."""
-        images = torch.stack([self._open(file) for file in self.unseen[:4]])
+        """Rows: held-out images; images with their shapes, with their appearances, at zero tuning steps."""
+        images = torch.stack([self._open(file) for file in self.held_out[:4]])
         rows = [images.float().cpu()]
         for name, attribute in ATTRIBUTES.items():
             for image in images:
-                read = customize(image, attribute, self.backbone, steps=0)
-                pipe = ESCDPipeline(self.backbone, **{name: read})
+                untuned = customize(image, attribute, self.backbone, steps=0)
+                pipe = ESCDPipeline(self.backbone, **{name: untuned})
                 pipe.set_progress_bar_config(disable=True)
-                drawn = pipe(
+                images_of = pipe(
                     PROMPTS[name][0].format(attribute.token),
                     num_inference_steps=15,
                     generator=torch.Generator().manual_seed(0),
                     output_type="pt",
                 ).images
-                rows.append(drawn.float().cpu() * 2 - 1)
+                rows.append(images_of.float().cpu() * 2 - 1)
         save_image(torch.cat(rows) * 0.5 + 0.5, path, nrow=len(images))
 
     def export(self, folder: Path) -> None:
+        """Write the filters."""
         self.module.export(folder)
 
 
 def images_to_learn_from(folder: Path) -> list[Path]:
-    """The images in a folder and those inside it; ValueError where they are too few."""
+    """The images in a folder and its subfolders; ValueError where they are too few."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} with images to learn from")
     files = image_files(folder, deep=True)
     if len(files) < NEEDED:
         raise ValueError(
-            f"{folder} holds {len(files)} images; filters are to serve images they have never seen, and "
-            f"cannot learn that from fewer than {NEEDED} (some thousands serve well)"
+            f"{folder} holds {len(files)} images; filters must generalise to other images, which needs at "
+            f"least {NEEDED} (some thousands work well)"
         )
     return files

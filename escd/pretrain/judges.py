@@ -23,7 +23,7 @@ from .loop import LoopConfig, train
 
 
 def loss_of(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of each head over the pictures it may learn from, summed."""
+    """Sum of each head's cross-entropy over the images with a clear answer."""
     total = logits["shape"].new_zeros(())
     for name in ("shape", "pattern", "background"):
         if (targets[name] != IGNORED).any():
@@ -36,7 +36,7 @@ def loss_of(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
 
 
 class JudgedLoss(nn.Module):
-    """The judge and its loss, as `escd.pretrain.loop` trains it."""
+    """The judge with its loss, for `escd.pretrain.loop`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,42 +52,44 @@ class JudgedLoss(nn.Module):
 
 
 class JudgeStage:
-    """Trains the judge to read what the autoencoder in the folder `vae` makes of a picture."""
+    """Trains the judge on images, half of them reconstructed by the autoencoder in the folder `vae`."""
 
     name = "judges"
     # about a quarter of an hour on one thread
     loop = LoopConfig(
         images=128_000, batch_size=64, learning_rate=4e-3, warmup=0.02, decay=0.7, ema_decay=0.98, seed=15
     )
-    decoded = 0.5  # share of the training pictures that go through the autoencoder itself
-    reuse = 3  # times a picture is shown, always spoilt another way: making one takes longer than learning it
-    bank, begun = 12_288, 1_024  # pictures to choose from, in the end and at first
+    decoded = 0.5  # share of reconstructed training images
+    reuse = 3  # uses of an image, each degraded differently: rendering takes longer than a training step
+    bank, begun = 12_288, 1_024  # images to draw from, at most and at first
 
     def __init__(self, device: torch.device, vae: Path) -> None:
-        torch.manual_seed(self.loop.seed)  # the backbone's stages start from other seeds
+        torch.manual_seed(self.loop.seed)  # differs from the seeds of the other stages
         self.module = JudgedLoss()
         self.heavy: list[nn.Module] = []
         self.world = World(seed=15, named_shapes=0.5, named_appearances=0.5, device=device)
         self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).to(device).eval()
         self.vae.requires_grad_(False)
         self.device = device
-        self.painted = 0  # pictures painted so far
+        self.painted = 0  # images rendered so far
         self.images = torch.empty(self.bank, 3, SIZE, SIZE, dtype=torch.half, device=device)
         self.targets: dict[str, Tensor] = {}
         self.fixed: dict[str, dict[str, tuple[Tensor, dict[str, Tensor]]]] = {}
 
     def load(self, folder: Path) -> None:
+        """Take an exported judge."""
         self.module.judge.load_state_dict(
             Judge.from_pretrained(folder, torch_dtype=torch.float32).state_dict()
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The bank of pictures."""
+        """The bank of images with their targets."""
         filled = min(self.painted, self.bank)
         targets = {name: target[:filled].clone() for name, target in self.targets.items()}
         return {"painted": self.painted, "images": self.images[:filled].clone(), "targets": targets}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.painted, filled = state["painted"], len(state["images"])
         self.images[:filled] = state["images"].to(self.device)
         for name, target in state["targets"].items():
@@ -106,7 +108,7 @@ class JudgeStage:
         return images, still_clear(images, targets)
 
     def _paint(self, index: Tensor) -> None:
-        """Put the pictures with these numbers into the bank; the oldest go."""
+        """Put the images with these numbers into the bank, over the oldest ones."""
         pictures, draws = self.world.batch(index), CounterRNG(self.world.seed, index)
         targets, images = targets_of(pictures), pictures.image.clone()
         empty = (draws.uniform("empty") < 0.04).nonzero()[:, 0]
@@ -126,7 +128,7 @@ class JudgeStage:
         self.painted += len(images)
 
     def reconstruct(self, images: Tensor, draws: CounterRNG | None = None) -> Tensor:
-        """Images after the autoencoder; with draws, latents are off by up to a sixth, as sampled ones are."""
+        """Reconstructed images; with draws, latents get noise of up to 17 %, as sampled ones have."""
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16):
             latents = self.vae.encode(images).latent_dist.mean
             if draws is not None:
@@ -135,7 +137,7 @@ class JudgeStage:
             return self.vae.decode(latents).sample.float().clamp(-1, 1)
 
     def held_out(self, split: str, count: int = 1024) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
-        """Fixed pictures no training saw, rendered and decoded (after the autoencoder), and their targets."""
+        """Fixed held-out images, rendered and decoded (reconstructed), with their targets."""
         if split not in self.fixed:
             unseen = World(
                 seed=9015, split=split, named_shapes=0.5, named_appearances=0.5, device=self.device
@@ -160,12 +162,12 @@ class JudgeStage:
         return scores
 
     def grid(self, path: Path) -> None:
-        """What the judge gets wrong after the autoencoder."""
+        """Reconstructed images on which the judge is wrong."""
         decoded, targets = self.held_out("train")["decoded"]
-        seen = Judges(self.module.judge)(decoded)
+        answers = Judges(self.module.judge)(decoded)
         wrong = torch.zeros(len(decoded), dtype=torch.bool, device=decoded.device)
         for name in ("shape", "pattern", "background"):
-            answer = getattr(seen, name)
+            answer = getattr(answers, name)
             answer = torch.where(answer == NONE, HEADS[name] - 1, answer)
             wrong |= (answer != targets[name]) & (targets[name] != IGNORED)
         if wrong.any():
@@ -179,9 +181,10 @@ class JudgeStage:
 
 
 def spoil(images: Tensor, draws: CounterRNG) -> Tensor:
-    """What an autoencoder and a sampler may do to a picture without changing what it shows, to half of them.
+    """Degrade images as an autoencoder and a sampler may, without changing their content.
 
-    A blur to between 60 and 100 % of the resolution, a cast and a gain of a few per cent, and soft noise.
+    Half of them are blurred to between 60 and 100 % of the resolution; half get a colour cast and a gain of a
+    few per cent, and smooth noise.
     """
     out = images.clone()
     kind = draws.integer("sharpness", 0, 8)
@@ -206,10 +209,10 @@ def main(argv: list[str] | None = None) -> None:
         "--vae",
         type=Path,
         default=WEIGHTS / "mini" / "vae",
-        help="the autoencoder to judge after (default: mini's)",
+        help="the autoencoder of the reconstructed images (default: mini's)",
     )
     parser.add_argument(
-        "--images", type=int, help=f"pictures to see in all (default: {JudgeStage.loop.images})"
+        "--images", type=int, help=f"training images in all (default: {JudgeStage.loop.images})"
     )
     parser.add_argument("--learning-rate", type=float, help="its peak (default: the recipe's)")
     parser.add_argument(

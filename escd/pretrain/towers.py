@@ -93,7 +93,8 @@ def text_tower(clip: open_clip.CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def load_text_tower(folder: Path, device: torch.device) -> CLIPTextModel:
     """The frozen text tower of an exported backbone, in float32."""
-    text = load_text_encoder(folder / "text_encoder", torch.float32)
+    with torch.random.fork_rng(devices=()):  # the initial weights that are replaced must not cost draws
+        text = load_text_encoder(folder / "text_encoder", torch.float32)
     return text.to(device).eval().requires_grad_(False)
 
 

@@ -1,7 +1,7 @@
 """The recipe of `mini`, one change at a time: `python -m escd.pretrain.trials` trains and scores each.
 
-What a stage of pretraining learns from so many pictures, from nothing, with its recipe, and with one thing of
-it changed. The pictures and the first weights are the same for all.
+A trial trains one stage from random weights on a few images, with its recipe or with one change of it. Images
+and first weights are the same for all trials of a stage.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from . import loop
 from .autoencoder import LATENT_CHANNELS, AutoencoderLoss, AutoencoderStage
 from .unet import UNetStage
 
-# Of each stage the changes, and what each is: a field of its loop, the autoencoder's number of latents, or
-# the weight of a perceptual term (1.0: about a third of the rest of the loss at the start).
+# Changes of each stage: a field of its loop, the autoencoder's latent channels ("latents"), or the weight of
+# a perceptual term (1.0: about a third of the rest of the loss at the start).
 CHANGES: dict[str, dict[str, dict[str, float]]] = {
     "autoencoder": {
         "none": {},
@@ -47,12 +47,12 @@ CHANGES: dict[str, dict[str, dict[str, float]]] = {
         "no average": {"ema_decay": 0.0},
     },
 }
-EVALUATIONS = {"autoencoder": 6, "unet": 2}  # along the way; the UNet's draw pictures
+EVALUATIONS = {"autoencoder": 6, "unet": 2}  # per training; the UNet's generate images
 
 
 @dataclass(frozen=True)
 class TrialConfig:
-    """A stage trained from nothing on so many pictures, with one thing changed."""
+    """A stage trained from random weights on `images` images, with one change."""
 
     stage: str
     change: str
@@ -62,22 +62,22 @@ class TrialConfig:
 
 
 class PerceptualLoss(AutoencoderLoss):
-    """With a perceptual term (Zhang et al. 2018): the image tower's tokens, layer by layer, compared."""
+    """With a perceptual term (Zhang et al. 2018): distances of the image tower's tokens in each layer."""
 
     def __init__(self, tower: ImageTower, weight: float) -> None:
         super().__init__()
         self.weight = weight
-        self.__dict__["tower"] = tower.eval().requires_grad_(False)  # no part of this module's state
+        self.__dict__["tower"] = tower.eval().requires_grad_(False)  # kept out of this module's state
 
-    def perceptual(self, made: Tensor, image: Tensor) -> Tensor:
+    def perceptual(self, decoded: Tensor, image: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = self._tokens(image)
-        found = self._tokens(made)
-        apart = [(a - b).square().sum(-1).mean() for a, b in zip(found, wanted, strict=True)]
-        return self.weight * torch.stack(apart).mean()
+        tokens = self._tokens(decoded)
+        distances = [(a - b).square().sum(-1).mean() for a, b in zip(tokens, wanted, strict=True)]
+        return self.weight * torch.stack(distances).mean()
 
     def _tokens(self, images: Tensor) -> list[Tensor]:
-        """What leaves each layer of the tower: (N, tokens, width), of unit length."""
+        """The output of each layer of the tower (N, tokens, width), normalised to unit length."""
         layers: list[Tensor] = []
         hooks = [
             block.register_forward_hook(lambda _, __, out: layers.append(F.normalize(out.float(), dim=-1)))
@@ -110,21 +110,21 @@ def _stage(config: TrialConfig, device: torch.device) -> loop.Stage:
 
 
 def _name(config: TrialConfig) -> str:
-    """Of the folders of a trial's state and weights."""
+    """Name of the folders of a trial's state and weights."""
     return f"trial {config.stage} {config.change} {config.images} {config.seed}".replace(" ", "-")
 
 
 def loop_of(config: TrialConfig, recipe: loop.LoopConfig) -> loop.LoopConfig:
-    """The recipe's loop with what the trial changes of it."""
+    """The recipe's loop with the trial's change."""
     change = CHANGES[config.stage][config.change]
     return replace(recipe, seed=config.seed, **{k: v for k, v in change.items() if hasattr(recipe, k)})
 
 
 def score(config: TrialConfig) -> dict[str, Any]:
-    """Train and score; "scores" hold what the training said of itself along the way.
+    """Train and score; "scores" holds the stage's own evaluations.
 
-    Of the autoencoder also `evaluation.autoencoder.autoencoder_scores` of each set of pictures. A killed
-    training goes on where it was; the state of one that was scored is thrown away.
+    For the autoencoder also `evaluation.autoencoder.autoencoder_scores` on each image set. A killed training
+    resumes; its state is removed once it is scored.
     """
     scratch = paths.RUNS / "trials" / _name(config)
     scratch.mkdir(parents=True, exist_ok=True)
@@ -139,49 +139,50 @@ def score(config: TrialConfig) -> dict[str, Any]:
     if config.stage == "autoencoder":
         vae = AutoencoderKL.from_pretrained(scratch / "vae", torch_dtype=torch.float32).eval()
         metrics["latents"] = vae.config.latent_channels
-        metrics |= {name: autoencoder_scores(vae, *pictures) for name, pictures in image_sets().items()}
+        metrics |= {name: autoencoder_scores(vae, *images) for name, images in image_sets().items()}
     shutil.rmtree(loop.RUNS / trained["stage"])
     return metrics
 
 
 def inputs(config: TrialConfig) -> dict[str, str]:
-    """sha256 of what a trial's numbers come from, but for the world."""
+    """sha256 of what a trial's scores depend on, except the world."""
     folder = MODELS[config.backbone].folder
     if config.stage == "unet":
         return {name: records.sha256(folder / name) for name in ("vae", "text_encoder", "image_tower")}
-    found = {f"references {name}": load_references(which=name).sha256 for name in LISTS}
+    hashes = {f"references {name}": load_references(which=name).sha256 for name in LISTS}
     if "perceptual" in CHANGES[config.stage][config.change]:
-        found["image_tower"] = records.sha256(folder / "image_tower")
-    return found
+        hashes["image_tower"] = records.sha256(folder / "image_tower")
+    return hashes
 
 
 def results(stage: str) -> list[records.Record]:
-    """The records of a stage's trials: by number of pictures, then in the order of CHANGES."""
+    """The records of a stage's trials, sorted by number of images, then in the order of CHANGES."""
     order = list(CHANGES[stage])
-    found = [(r, r.config) for r in records.all(TrialConfig) if r.config["stage"] == stage]
-    found.sort(key=lambda pair: (pair[1]["images"], order.index(pair[1]["change"]), pair[1]["seed"]))
-    return [record for record, _ in found]
+    trials = [r for r in records.all(TrialConfig) if r.config["stage"] == stage]
+    return sorted(
+        trials, key=lambda r: (r.config["images"], order.index(r.config["change"]), r.config["seed"])
+    )
 
 
 def by_latents() -> dict[int, records.Record]:
-    """Trials of the autoencoder by its number of latents at a place, all with as many pictures."""
+    """Trials of the autoencoder by its latent channels, all with the same number of images."""
     same = ("none", *(name for name, change in CHANGES["autoencoder"].items() if "latents" in change))
-    found = [r for r in results("autoencoder") if r.config["change"] in same]
-    most = max((r.config["images"] for r in found), default=0)
-    return {r.metrics["latents"]: r for r in found if r.config["images"] == most}
+    trials = [r for r in results("autoencoder") if r.config["change"] in same]
+    most = max((r.config["images"] for r in trials), default=0)
+    return {r.metrics["latents"]: r for r in trials if r.config["images"] == most}
 
 
 def table(stage: str) -> str:
     """A stage's trials in Markdown, a row each; empty where there are none.
 
-    Of the autoencoder the PSNR and the share of fine energy kept on each set of pictures, and those of the
-    linear code of its rate; of the UNet its held-out errors (`UNetStage.evaluate`), in thousandths.
+    Autoencoder: PSNR and share of high-frequency energy kept on each image set, and the same for a linear
+    code of its rate. UNet: held-out errors (`UNetStage.evaluate`) in thousandths.
     """
-    found = results(stage)
+    trials = results(stage)
     if stage == "unet":
         scores = ("mse", "mse_noisy", "shape", "appearance")
         heads = ("plain captions", "their noisier half", "`*m`", "`*a`")
-        rows = [(r, [f"{1000 * r.metrics['scores'][-1][k]:.1f}" for k in scores]) for r in found]
+        rows = [(r, [f"{1000 * r.metrics['scores'][-1][k]:.1f}" for k in scores]) for r in trials]
     else:
         heads = tuple(h for name in IMAGE_SETS for h in (name, "linear code"))
         rows = [
@@ -193,22 +194,22 @@ def table(stage: str) -> str:
                     for code in ("", "pca_")
                 ],
             )
-            for r in found
+            for r in trials
         ]
     lines = [" | ".join(["| changed | images", *heads]) + " |", "|---|--:|" + "--:|" * len(heads)]
     for record, cells in rows:
         seed = f", seed {record.seed}" if record.seed else ""
         start = [f"| {record.config['change']}{seed}", f"{record.config['images']:,}"]
         lines.append(" | ".join([*start, *cells]) + " |")
-    return "\n".join(lines) if found else ""
+    return "\n".join(lines) if trials else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train and score every change that has no record yet (side by side: start it twice, each with some)."""
+    """Train and score every change without a record (in parallel: start it twice, with different changes)."""
     parser = argparse.ArgumentParser(prog="python -m escd.pretrain.trials", description=main.__doc__)
     parser.add_argument("stage", choices=tuple(CHANGES))
     parser.add_argument("--changes", nargs="+", metavar="CHANGE", help="default: all, and none")
-    parser.add_argument("--images", type=int, required=True, help="pictures a trial")
+    parser.add_argument("--images", type=int, required=True, help="images per trial")
     parser.add_argument("--seed", type=int, default=0, help="of noise, time steps and the pictures' order")
     parser.add_argument("--records", type=Path, help="folder of the records (default: figures/records)")
     arguments = parser.parse_args(argv)

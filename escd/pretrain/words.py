@@ -54,8 +54,8 @@ def draw_captions(draws: CounterRNG) -> tuple[list[str], dict[str, Tensor]]:
         look = PATTERNS[pattern[k]] if named[k] else None
         forms = captions_of(names[shape[k]], look, tones if look else [], GROUNDS[ground[k]], names[decoy[k]])
         captions.append(draw_caption(forms, float(u[k])))
-    said = {"shape": shape, "pattern": pattern, "ground": ground, "colours": colours, "full": u < FULL}
-    return captions, said
+    labels = {"shape": shape, "pattern": pattern, "ground": ground, "colours": colours, "full": u < FULL}
+    return captions, labels
 
 
 class WordLoss(nn.Module):
@@ -89,8 +89,8 @@ class WordLoss(nn.Module):
             name: F.cross_entropy(self.heads[name](end), batch[name][full])
             for name in ("shape", "pattern", "ground")
         }
-        said = batch["colours"][full].float()
-        logs["colours"] = F.binary_cross_entropy_with_logits(self.heads["colours"](end), said)
+        labels = batch["colours"][full].float()
+        logs["colours"] = F.binary_cross_entropy_with_logits(self.heads["colours"](end), labels)
         real = torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(-1, keepdim=True)
         logs["own"] = F.cross_entropy(self.heads["own"](hidden[real]).float(), tokens[real])
         return sum(logs.values()), logs
@@ -111,9 +111,9 @@ class WordStage:
         self.fixed = self._batch(9015, 0, 512)
 
     def _batch(self, seed: int, first: int, count: int) -> dict[str, Tensor]:
-        captions, said = draw_captions(CounterRNG(seed, torch.arange(first, first + count)))
+        captions, labels = draw_captions(CounterRNG(seed, torch.arange(first, first + count)))
         ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return {name: value.to(self.device) for name, value in (said | {"tokens": ids}).items()}
+        return {name: value.to(self.device) for name, value in (labels | {"tokens": ids}).items()}
 
     def batch(self, first: int, count: int) -> dict[str, Tensor]:
         return self._batch(15, first, count)
