@@ -71,7 +71,7 @@ class Customization:
         )
 
     def embedding(self, word_embedding: Tensor, strength: float) -> Tensor:
-        """The pseudo-word's embedding e + s (v - e), (D,) or (K, D), at strength s (Eq. 7); at 0 exactly e."""
+        """The pseudo-word's embedding e + s (v - e), (D,) or (K, D), at strength s (Eq. 7); at 0 just e."""
         v = self.pseudo_word.to(word_embedding)
         # Eq. 7, right: v = e(w) + s (v_w - e(w))
         return word_embedding + strength * (v - word_embedding)

@@ -194,11 +194,8 @@ def _tune(
                     batch = cache.some(config.batch_size, batches.generator)
                 class_batch = None if prior is None else prior.draw(len(batch.t))
                 both = batch if class_batch is None else batch.joined(class_batch)
-                words = {attribute.token: v}
-                text = encode_layers(
-                    backbone.tokenizer, backbone.text_encoder, both.prompts, words
-                )  # tau(c; v)
-                text = text.to(dtype)
+                encoders = (backbone.tokenizer, backbone.text_encoder)
+                text = encode_layers(*encoders, both.prompts, {attribute.token: v}).to(dtype)  # tau(c; v)
                 prediction = predicted(network, change.weights(), both, text, config.conditioning)
                 loss = _loss(prediction, batch, class_batch, batches, config)
                 updates.apply(loss, step)
