@@ -293,7 +293,8 @@ def test_templates_are_the_published_ones_that_can_be_read(backbone):
     "changes",
     [
         {"start": "zero"}, {"learn_word": False, "part": "none"}, {"per_layer": True},
-        {"prompts": ("no word",)}, {"prior_images": 3}, {"prior_prompt": "a shape"}, {"prior_weight": -1.0}, {"prior_images": -1},
+        {"prompts": ("no word",)}, {"prior_images": 3}, {"prior_prompt": "a shape"}, {"prior_weight": -1.0},
+        {"prior_images": -1},
     ],
 )  # fmt: skip
 def test_fields_that_contradict_each_other_are_refused(changes):
