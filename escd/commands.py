@@ -22,7 +22,7 @@ from .ending import Ending
 from .files import require_folder, require_writable, save_elsewhere, save_unused, whole
 from .loading import load_backbone
 from .method.attributes import ATTRIBUTES, resolve_attribute
-from .method.config import TuningConfig
+from .method.baselines import METHODS, method_named
 from .method.cost import require_memory, time_in_words, tuning_cost
 from .method.customization import Customization, load_customization, steps_of
 from .method.export import export
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("image", type=Path, help="the reference image")
     learn.add_argument("--attribute", required=True, metavar="NAME", help="shape or appearance")
     learn.add_argument("--mask", type=Path, help="image of the same size, white on the subject")
+    learn.add_argument("--method", default="escd", metavar="NAME", help=f"{', '.join(METHODS)}; default escd")
     learn.add_argument("--steps", type=int, help="tuning steps")
     learn.add_argument("--learning-rate", type=float)
     learn.add_argument("--part", help="part of the UNet to tune, e.g. encoder, decoder, all, up.1/attn2")
@@ -145,9 +146,10 @@ def _customize(options: argparse.Namespace, ending: Ending) -> None:
     output = options.output or Path(f"{options.image.stem}-{attribute.name}.safetensors")
     require_writable(output)
     given = {name: getattr(options, name) for name in ("steps", "learning_rate", "rank", "seed")}
-    TuningConfig.of(attribute, options.part, **given)  # and bad numbers
+    method = method_named(options.method)
+    method.config(attribute, None, options.part, **given)  # and bad numbers
     backbone = load_backbone(options.backbone, filters=options.filters)
-    config = TuningConfig.of(attribute, options.part, backbone, **given)
+    config = method.config(attribute, backbone, options.part, **given)
     require_writable(output, _bytes_of(backbone, config))
     cost = tuning_cost(backbone, config)
     require_memory(cost, backbone.device)

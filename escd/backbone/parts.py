@@ -7,8 +7,8 @@ A part is one term, or several joined by ``+``; a term is a place, or a place an
   conv_norm_out, conv_out), which are disjoint and leave out only the time embedding; single blocks ``down.I``
   and ``up.I``; ``res.N``: everything that works on latents N pixels wide, on both sides (a sampler belongs to
   the width it reads);
-- kinds: ``attn1`` (self-attention), ``attn2`` (cross-attention), ``ff``, ``attentions`` (the transformer
-  blocks with their projections), ``resnets``, ``samplers``.
+- kinds: ``attn1`` (self-attention), ``attn2`` (cross-attention), ``kv`` (keys and values of cross-attention),
+  ``ff``, ``attentions`` (the transformer blocks with their projections), ``resnets``, ``samplers``.
 
 So ``decoder/attn2+mid`` is the decoder's cross-attention and the whole mid block.
 """
@@ -22,6 +22,7 @@ NO_PART = "none"  # no part: the pseudo-word alone
 KINDS = {
     "attn1": ("attn1",),
     "attn2": ("attn2",),
+    "kv": ("attn2.to_k", "attn2.to_v"),
     "ff": ("ff",),
     "attentions": ("attentions",),
     "resnets": ("resnets",),
@@ -50,7 +51,7 @@ def names_of(unet: nn.Module, part: str) -> list[str]:
             raise ValueError(f"unknown part {term!r} of the UNet; {_known(places)}")
         found = [name for name in every_name if _under(name, places[place])]
         if kind:
-            found = [name for name in found if set(KINDS[kind]) & set(name.split("."))]
+            found = [name for name in found if any(f".{each}." in f".{name}." for each in KINDS[kind])]
         if not found:
             raise ValueError(f"part {term!r} names no parameter of this UNet; {_known(places)}")
         chosen.update(found)

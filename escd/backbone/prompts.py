@@ -122,6 +122,16 @@ def word_id(tokenizer: CLIPTokenizerFast, word: str) -> int | None:
         return ids[0] if len(ids) == 1 and ids[0] not in reads.all_special_ids else None
 
 
+def rare_word(tokenizer: CLIPTokenizerFast) -> str:
+    """A word without a meaning of its own: "sks", or else the vocabulary's last that is read as one token.
+
+    A vocabulary is in the order of its merges, the rarest last.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: -entry[1])
+    words = (entry.removesuffix("</w>") for entry, _ in vocabulary if entry.endswith("</w>"))
+    return next(word for word in ("sks", *words) if word.isalpha() and word_id(tokenizer, word) is not None)
+
+
 def token_ids(tokenizer: CLIPTokenizerFast, prompts: list[str], tokens: Collection[str] = ()) -> Tensor:
     """Token ids (B, L), padded and cut to the encoder's length; -1 is the first of `tokens`, -2 the next."""
     with reader(tokenizer, tokens) as reads:

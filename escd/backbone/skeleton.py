@@ -55,6 +55,17 @@ def hooked(network: Network, path: str, hook: Callable[[nn.Module, tuple, Tensor
     return twin.modules[""]
 
 
+def pre_hooked(network: Network, hooks: Mapping[str, Callable[[nn.Module, tuple, dict], tuple]]) -> Network:
+    """`network` with a forward pre-hook, which gets keywords too, on each path; `network` is left alone."""
+    twin = _Twin(network)
+    for path, hook in hooks.items():
+        module = twin.at(path)
+        for held in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+            module.__dict__[held] = module.__dict__[held].copy()
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+    return twin.modules[""]
+
+
 def replaced(network: Network, path: str, module: nn.Module) -> Network:
     """`network` with another submodule at `path`; `network` itself is left alone."""
     twin = _Twin(network)

@@ -15,7 +15,7 @@ from .attributes import Attribute
 from .config import TuningConfig
 from .reference import Reference
 from .step import NoisedViews
-from .views import PROMPTS, readable, views_of
+from .views import plain_prompts, readable, views_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class EncodedViews:
         return cls(
             latents=latents,
             masks=F.interpolate(masks, size=latents.shape[-2:], mode="area").to(backbone.device),
-            prompts=[readable(backbone, attribute.token, each, PROMPTS[config.recipe]) for each in prompts],
+            prompts=[readable(backbone, attribute.token, each, plain_prompts(config)) for each in prompts],
         )
 
 

@@ -69,6 +69,8 @@ LESS_MEMORY = (
 )
 # Who reads the pseudo-word while it is learnt, and where its gradient comes from.
 CONDITIONING = ("joint", "half", "cached")
+# What the pseudo-word starts as: the attribute filter's, the attribute's word, or a rare word.
+STARTS = ("filter", "word", "rare")
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,29 @@ class TuningConfig:
     # Whether the views of the reference as it is are mirrored and cropped, and while a shape is learnt
     # recoloured, each its own way.
     varied: bool = False
+    # ---- What the published methods need (`baselines`)
+    # What the pseudo-word starts as: "filter" (Eq. 5), "word", the attribute's own, or "rare" (`rare_word`).
+    start: str = "filter"
+    # Whether the pseudo-word learns.
+    learn_word: bool = True
+    # One embedding of the pseudo-word for each cross-attention layer (P+).
+    per_layer: bool = False
+    # Prompts of the reference as it is, "{}" is the pseudo-word; none: those of the recipe.
+    prompts: tuple[str, ...] = ()
+    # Whether every second view is mirrored.
+    flips: bool = False
+    # Constant learning rates, without warm-up and decay.
+    constant_rate: bool = False
+    # Prior preservation: how many images the untouched backbone draws of `prior_prompt`, and the weight of
+    # their loss, which each step adds.
+    prior_images: int = 0
+    prior_prompt: str = ""
+    prior_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise ValueError(f"a recipe is {' or '.join(map(repr, RECIPES))}, not {self.recipe!r}")
-        for name in ("steps", "batch_size", "views", "draws", "seed", "rank"):
+        for name in ("steps", "batch_size", "views", "draws", "seed", "rank", "prior_images"):
             value = getattr(self, name)
             if name == "rank" and value is None:
                 continue
@@ -152,13 +172,36 @@ class TuningConfig:
         level = self.noise_level
         if level is not None and not (isinstance(level, int | float) and abs(level) <= sys.float_info.max):
             raise ValueError(f"noise_level is None or a finite number, not {level!r}")
-        for name in ("true_scale", "varied"):
+        for name in ("true_scale", "varied", "learn_word", "per_layer", "flips", "constant_rate"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
         for name in ("augmentation", "dropout"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0 <= value <= 1):
                 raise ValueError(f"{name} is a share between 0 and 1, not {value!r}")
+        self._check_baselines()
+
+    def _check_baselines(self) -> None:
+        """Raise ValueError or TypeError for what the published methods cannot be."""
+        if self.start not in STARTS:
+            raise ValueError(f"start is one of {', '.join(STARTS)}, not {self.start!r}")
+        if not self.learn_word and self.part == NO_PART and self.steps:
+            raise ValueError("nothing learns: the pseudo-word is fixed and the part is 'none'")
+        if self.per_layer and not (self.part == NO_PART and self.learn_word):
+            raise ValueError(f"embeddings of each layer learn alone: part='none', not {self.part!r}")
+        if not isinstance(self.prompts, tuple) or not all(isinstance(each, str) for each in self.prompts):
+            raise TypeError(f"prompts is a tuple of strings, not {self.prompts!r}")
+        if lacking := [each for each in self.prompts if each.count("{}") != 1]:
+            raise ValueError(f"a prompt has one {{}}, where the pseudo-word stands, unlike {lacking[0]!r}")
+        if not isinstance(self.prior_prompt, str):
+            raise TypeError(f"prior_prompt is a string, not {self.prior_prompt!r}")
+        if self.prior_images < 0 or (self.prior_images > 0) != bool(self.prior_prompt):
+            raise ValueError("prior preservation needs a prior_prompt and prior_images from 1 on; 0 is none")
+        if self.prior_images and self.conditioning == "cached":
+            raise ValueError("prior images are not computed ahead: take conditioning 'joint' or 'half'")
+        weight = self.prior_weight
+        if not (isinstance(weight, int | float) and 0 <= weight <= sys.float_info.max):
+            raise ValueError(f"prior_weight must be a number from 0 on, not {weight!r}")
 
     @classmethod
     def of(

@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..backbone.halves import down_path, recomputed
+from ..backbone.layers import layered, layers_of
 from ..backbone.model import Backbone
 from ..backbone.parts import NO_PART, parameters_of
 from ..backbone.prompts import encode_ids, table_of
@@ -71,15 +72,18 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
     with FakeTensorMode(), torch.device(backbone.device), fast_arithmetic(backbone.device, dtype):
         unet = _fake(backbone.unet, dtype)
         channels, height, width = backbone.latent_shape
-        x_t = torch.empty(config.batch_size, channels, height, width, dtype=dtype)
-        tokens = backbone.tokenizer.model_max_length
-        text = torch.empty(config.batch_size, tokens, unet.config.cross_attention_dim, dtype=dtype)
+        count = config.batch_size * (2 if config.prior_images else 1)
+        x_t = torch.empty(count, channels, height, width, dtype=dtype)
+        layers = len(layers_of(unet)) if config.per_layer else 1
+        unet = layered(unet) if config.per_layer else unet
+        tokens = backbone.tokenizer.model_max_length * layers
+        text = torch.empty(count, tokens, unet.config.cross_attention_dim, dtype=dtype)
         batch = NoisedViews(
             x_t,
-            torch.zeros(config.batch_size, dtype=torch.long),
+            torch.zeros(count, dtype=torch.long),
             x_t,
-            torch.empty(config.batch_size, 1, height, width),
-            [""] * config.batch_size,
+            torch.empty(count, 1, height, width),
+            [""] * count,
         )
         trained = {} if config.part == NO_PART else parameters_of(unet, config.part)
         if config.rank is not None:
@@ -109,7 +113,8 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
     )
     if config.rank is not None:  # the weights they change are made anew in each step, and differentiated
         learning += sum(2 * WEIGHT * p.numel() for p in trained.values())
-    activations = kept.bytes + kept.largest + config.batch_size * _text_activations(backbone)
+    read = count * layers if config.learn_word else 0  # prompts whose gradient is kept
+    activations = kept.bytes + kept.largest + read * _text_activations(backbone)
     if batch.maps is not None:  # of a batch they are counted
         maps = sum(m.nbytes for m in batch.maps) // config.batch_size
         activations += maps * max(0, config.draws - config.batch_size)

@@ -20,6 +20,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..backbone.layers import layers_of
 from ..backbone.model import Backbone
 from ..backbone.parts import NO_PART, parameters_of
 from ..backbone.skeleton import exchanged
@@ -36,7 +37,7 @@ class Customization:
     """One attribute of one image, learned on one backbone: a pseudo-word's embedding, and dW of a part."""
 
     attribute: Attribute
-    pseudo_word: Tensor  # (D,), the embedding v
+    pseudo_word: Tensor  # (D,), the embedding v, or (K, D), one for each cross-attention layer
     delta: dict[str, Tensor | LowRank]  # parameter name in the UNet -> W - W0
     part: str
     backbone_identity: str
@@ -70,7 +71,7 @@ class Customization:
         )
 
     def embedding(self, word_embedding: Tensor, strength: float) -> Tensor:
-        """The pseudo-word's embedding e + s (v - e) (D,) at strength s (Eq. 7); at 0 it is e, to the bit."""
+        """The pseudo-word's embedding e + s (v - e), (D,) or (K, D), at strength s (Eq. 7); at 0 just e."""
         v = self.pseudo_word.to(word_embedding)
         # Eq. 7, right: v = e(w) + s (v_w - e(w))
         return word_embedding + strength * (v - word_embedding)
@@ -237,10 +238,11 @@ def require_fit(customization: Customization, backbone: Backbone) -> None:
     attribute, part = customization.attribute, customization.part
     width = backbone.word_embedding(attribute.word).shape
     _require_numbers("pseudo_word", customization.pseudo_word)
-    if customization.pseudo_word.shape != width:
+    each_layer = torch.Size((len(layers_of(backbone.unet)), *width))
+    if customization.pseudo_word.shape not in (width, each_layer):
         raise ValueError(
             f"pseudo_word is {tuple(customization.pseudo_word.shape)}; the words of {backbone.name} are "
-            f"{tuple(width)}"
+            f"{tuple(width)}, and those of each layer {tuple(each_layer)}"
         )
     parameters_of(backbone.unet, attribute.part)  # an unknown part is refused
     parameters = {} if part == NO_PART else parameters_of(backbone.unet, part)

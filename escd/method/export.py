@@ -58,13 +58,19 @@ def export(customization: Customization, folder: str | Path, name: str | None = 
     written or none; those that an earlier export left under the same names are replaced or removed.
 
     Raises ValueError for a customization learnt with conditioning "cached": its encoder read the attribute's
-    plain word, and other programs give one prompt to the whole UNet. Raises OSError when nothing can be
+    plain word, and other programs give one prompt to the whole UNet; likewise for one with an embedding for
+    each layer. Raises OSError when nothing can be
     written to the folder.
     """
     if (customization.config or {}).get("conditioning") == "cached":
         raise ValueError(
             'this customization was learnt with conditioning "cached", where the encoder never reads the '
             'pseudo-word, which no other program does: learn it with "joint" or "half" to export it'
+        )
+    if customization.pseudo_word.ndim == 2:
+        raise ValueError(
+            "this customization has an embedding for each cross-attention layer (P+), and other programs "
+            "give one prompt to the whole UNet: learn it with method='textual-inversion' to export it"
         )
     folder, stem = Path(folder), _stem(customization.attribute.name, name)
     lora, left_behind = _for_diffusers(customization.delta)

@@ -27,7 +27,7 @@ def optimizers_for(
     muon = config.optimizer == "muon" and matrices
     slower = min(config.bias_learning_rate or config.learning_rate, config.learning_rate)
     groups = [
-        {"params": [v], "lr": config.word_learning_rate},
+        {"params": [v] if v.requires_grad else [], "lr": config.word_learning_rate},
         {"params": vectors, "lr": slower},
         {"params": [] if muon else matrices, "lr": config.learning_rate},
     ]
@@ -66,6 +66,7 @@ class Updates:
         """Update everything that learns by the gradient of `loss`; `step` counts from 0."""
         steps, share = self.config.steps, DECAY[self.config.optimizer]
         factor = min(min(1.0, (steps - step) / (share * steps)), (step + 1) / WARM_UP)
+        factor = 1.0 if self.config.constant_rate else factor
         for group, rate in zip(self.groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.scaler.scale(loss).backward()

@@ -19,8 +19,9 @@ from torch import Generator, Tensor, nn
 
 from ..backbone.folder import load_scheduler, write_backbone
 from ..backbone.image_tower import ImageTower
+from ..backbone.layers import encode_layers, is_layered, layered, require_layers
 from ..backbone.model import Backbone
-from ..backbone.prompts import check_prompt, copy_of, cut_off, encode, reader, starred_words
+from ..backbone.prompts import check_prompt, copy_of, cut_off, reader, starred_words
 from ..backbone.skeleton import own
 from ..files import together
 from ..loading import load_backbone
@@ -303,10 +304,11 @@ class ESCDPipeline(
         for tokens, rows in self._rows_of(texts["prompt_embeds"], strength_of).items():
             changes = [(self.customizations[token], strength_of[token]) for token in tokens]
             asked = {name: [texts[name][i] for i in rows] for name in names}
+            unet = customized(self.unet, changes, weights)
             scheduler = self._scheduler(steps, device)
             group = Group(
                 rows=rows,
-                unet=customized(self.unet, changes, weights),
+                unet=layered(unet) if is_layered(pseudo_words) else unet,
                 scheduler=scheduler,
                 x_t=x_T[rows] * scheduler.init_noise_sigma,
                 embeds=self._embeds(asked, pseudo_words, call.clip_skip, device),
@@ -415,7 +417,7 @@ class ESCDPipeline(
         """Text conditioning (B, L, D) of texts, or of embeddings given in their place, all equally long."""
 
         def conditioning(texts: list[str]) -> Tensor:
-            encoded = encode(self.tokenizer, self.text_encoder, texts, pseudo_words, clip_skip)
+            encoded = encode_layers(self.tokenizer, self.text_encoder, texts, pseudo_words, clip_skip)
             return encoded.to(device, self.unet.dtype)
 
         embeds = {
@@ -424,6 +426,7 @@ class ESCDPipeline(
             else torch.stack(each).to(device, self.unet.dtype)
             for name, each in asked.items()
         }
+        require_layers(embeds, pseudo_words)
         return padded(embeds, lambda: conditioning([""]))
 
     def _noise(

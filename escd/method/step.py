@@ -41,6 +41,11 @@ class NoisedViews:
         rows = torch.randint(0, len(self.t), (count,), generator=generator)
         return self.at(rows)
 
+    def joined(self, other: NoisedViews) -> NoisedViews:
+        """These and the `other` ones in one batch; neither may have its maps."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("x_t", "t", "target", "mask"))
+        return NoisedViews(*(torch.cat(pair) for pair in pairs), [*self.prompts, *other.prompts])
+
     def at(self, rows: Tensor) -> NoisedViews:
         there = rows.to(self.t.device)
         return NoisedViews(

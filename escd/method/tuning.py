@@ -1,7 +1,8 @@
 """Stage 3, attribute-aware finetuning: the one tuning loop (paper, Eq. 6).
 
-ESCDiffusion and every baseline are configurations of it: a part of the UNet (none for textual inversion,
-"all" for DreamBooth, "all/attn2" for what Custom Diffusion tunes) and a pseudo-word, learnt from one image.
+ESCDiffusion and every baseline (`baselines.METHODS`) are configurations of it: a part of the UNet (none for
+textual inversion, "all" for DreamBooth, "all/kv" for Custom Diffusion) and a pseudo-word, learnt from one
+image.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from tqdm.auto import tqdm
 
 from ..backbone.diffusion import loss_weight, squared_error
 from ..backbone.halves import half_of
+from ..backbone.layers import encode_layers, layered, layers_of
 from ..backbone.model import Backbone
 from ..backbone.parts import NO_PART, parameters_of
 from ..data.images import Source
 from .attributes import Attribute, resolve_attribute
+from .baselines import method_named, start_word
 from .batches import Batches, EncodedViews
 from .config import LESS_MEMORY, TuningConfig
 from .cost import needs_checkpointing
@@ -28,6 +31,7 @@ from .customization import Customization
 from .delta import Change, Factors, LowRank
 from .fusion import pseudo_word
 from .optimizers import Updates, optimizers_for
+from .prior import prior_batches
 from .reference import Reference
 from .step import HALVES, NoisedViews, autocast_dtype, fast_arithmetic, predicted, read_ahead, working_copy
 
@@ -52,6 +56,7 @@ def customize(
     progress: bool = True,
     checkpointing: bool | None = None,
     config: TuningConfig | None = None,
+    method: str | None = None,
     keep_interrupted: bool = True,
 ) -> Customization:
     """Learn one attribute of one image: a pseudo-word, and the change of one part of the UNet (paper, Eq. 6).
@@ -69,16 +74,20 @@ def customize(
     of all its steps. checkpointing: compute the UNet's inner results again on the way back instead of
     keeping them (Chen et al. 2016): the same result for a fraction of the memory and about a third more
     time; None does so where a GPU's memory would not do otherwise (`escd.method.cost`). config: all of these
-    numbers at once, from `TuningConfig.of`. The backbone itself is not changed.
+    numbers at once, from `TuningConfig.of`. method: a published one of
+    `escd.method.baselines.METHODS`, such as "dreambooth"; None is "escd". The backbone itself is not changed.
 
-    Raises ValueError or TypeError for an unknown attribute or part, for bad numbers and for a number that
-    contradicts `config`, ImportError for "adamw8bit" without bitsandbytes, and what `open_image` raises.
+    Raises ValueError or TypeError for an unknown attribute, method or part, for bad numbers and for a number
+    that contradicts `config` or `method`, ImportError for "adamw8bit" without bitsandbytes, and what
+    `open_image` raises.
     """
     attribute = resolve_attribute(attribute)
     numbers = {"steps": steps, "seed": seed, "learning_rate": learning_rate, "rank": rank}
     if config is None:
-        config = TuningConfig.of(attribute, part, backbone, **numbers)
+        config = method_named(method or "escd").config(attribute, backbone, part, **numbers)
     else:
+        if method is not None:
+            raise ValueError("config and method were both given: METHODS[method].config makes a config")
         _require_agreement(config, attribute, numbers | {"part": part})
     trained = _trained_parameters(backbone, config)
     backbone.word_embedding(attribute.word)  # an unusable word is refused before the work
@@ -104,14 +113,14 @@ def customize(
         backbone_name=backbone.name,
         steps=len(learnt.losses),
         seed=config.seed,
-        config=asdict(config),
+        config=asdict(config) | {"prompts": list(config.prompts)},  # as a file gives it back
         losses=learnt.losses,
     )
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """The result of the loop: the pseudo-word (D,), the change of the part's weights, and the losses."""
+    """The result of the loop: a pseudo-word (D,) or (K, D), the change of the weights, and the losses."""
 
     pseudo_word: Tensor
     delta: dict[str, Tensor | LowRank] = field(default_factory=dict)
@@ -156,16 +165,17 @@ def _tune(
 ) -> Learnt:
     """Minimise the loss of Eq. 6 over the pseudo-word and the change of the `trained` parameters."""
     device, dtype = backbone.device, backbone.unet.dtype
-    v = pseudo_word(backbone, reference.image[None].to(device), attribute, seed=config.seed)[0]
-    v = v.float().clone().requires_grad_()  # (D,)
+    v = _start(backbone, reference, attribute, config)
     if not config.steps:
         return Learnt(v.detach().cpu())
     change = Change(trained) if config.rank is None else Factors(trained, config.rank, config.seed)
     network = working_copy(backbone.unet, change.before, checkpointing)
+    network = layered(network) if config.per_layer else network
     # Prompt dropout is for the weights; the pseudo-word alone does not learn from it.
     prompt_dropout = config.dropout if change.parameters() else 0.0
     views = EncodedViews.of(reference, backbone, attribute, config)
     batches = Batches(views, backbone, config, prompt_dropout)
+    prior = prior_batches(backbone, config)
     # Gradients too small for float16 are scaled up in the backward pass.
     scaled = autocast_dtype(device, dtype) is torch.float16
     updates = Updates(optimizers_for(v, change, config, fused=backbone.large), config, device.type, scaled)
@@ -182,9 +192,12 @@ def _tune(
                     batch = batches.draw(config.batch_size)
                 else:
                     batch = cache.some(config.batch_size, batches.generator)
-                text = backbone.encode_prompt(batch.prompts, {attribute.token: v}).to(dtype)  # tau(c; v)
-                prediction = predicted(network, change.weights(), batch, text, config.conditioning)
-                loss = tuning_loss(prediction, batch, _weight(batch, batches, config))
+                class_batch = None if prior is None else prior.draw(len(batch.t))
+                both = batch if class_batch is None else batch.joined(class_batch)
+                encoders = (backbone.tokenizer, backbone.text_encoder)
+                text = encode_layers(*encoders, both.prompts, {attribute.token: v}).to(dtype)  # tau(c; v)
+                prediction = predicted(network, change.weights(), both, text, config.conditioning)
+                loss = _loss(prediction, batch, class_batch, batches, config)
                 updates.apply(loss, step)
                 losses.append(loss.item())
                 _require_finite(losses, config)
@@ -201,6 +214,34 @@ def _tune(
     finally:
         bar.close()
     return Learnt(v.detach().cpu(), change.delta() if losses else {}, losses)
+
+
+def _start(backbone: Backbone, reference: Reference, attribute: Attribute, config: TuningConfig) -> Tensor:
+    """The pseudo-word (D,) before the first step, or (K, D) for K layers; with a gradient where it learns."""
+    if config.start == "filter":
+        images = reference.image[None].to(backbone.device)
+        v = pseudo_word(backbone, images, attribute, seed=config.seed)[0]
+    else:
+        v = backbone.word_embedding(start_word(backbone, attribute, config))
+    if config.per_layer:
+        v = v.expand(len(layers_of(backbone.unet)), -1)
+    return v.float().clone().requires_grad_(config.learn_word)
+
+
+def _loss(
+    prediction: Tensor,
+    batch: NoisedViews,
+    class_batch: NoisedViews | None,
+    batches: Batches,
+    config: TuningConfig,
+) -> Tensor:
+    """The loss of the reference's views and, with prior preservation, of the class images, which follow."""
+    loss = tuning_loss(prediction[: len(batch.t)], batch, _weight(batch, batches, config))
+    if class_batch is None:
+        return loss
+    # L + lambda L_prior (DreamBooth, Eq. 2)
+    weight = config.prior_weight * _weight(class_batch, batches, config)
+    return loss + tuning_loss(prediction[len(batch.t) :], class_batch, weight)
 
 
 def tuning_loss(prediction: Tensor, batch: NoisedViews, weight: Tensor) -> Tensor:

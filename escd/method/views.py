@@ -177,6 +177,11 @@ def _filled(image: Tensor, inside: Tensor) -> Tensor:
     return image[:, torch.from_numpy(y).long(), torch.from_numpy(x).long()]
 
 
+def plain_prompts(config: TuningConfig) -> tuple[str, ...]:
+    """The prompts of the reference as it is; "{}" is the pseudo-word."""
+    return config.prompts or PROMPTS[config.recipe]
+
+
 def views_of(reference: Reference, config: TuningConfig) -> tuple[Tensor, Tensor, list[tuple[str, ...]]]:
     """Views (V, 3, H, W) of a reference, the masks (V, 1, H, W) of their loss, and their prompts.
 
@@ -192,7 +197,10 @@ def views_of(reference: Reference, config: TuningConfig) -> tuple[Tensor, Tensor
     masks = (reference.whole_frame() if mask is None else mask.to(image)).expand(count, -1, -1, -1)
     chosen = torch.rand(count, generator=generator) < config.augmentation
     changed = chosen.to(image.device)[:, None, None, None]
-    prompts: list[tuple[str, ...]] = [PROMPTS[config.recipe]] * count
+    prompts: list[tuple[str, ...]] = [plain_prompts(config)] * count
+    if config.flips:
+        mirrored = (torch.arange(count) % 2 == 1).to(image.device)[:, None, None, None]
+        images, masks = (torch.where(mirrored, x.flip(-1), x) for x in (images, masks))
     if config.varied:
         images, masks = varied(images, masks, config.recipe, generator)
     if not chosen.any():
