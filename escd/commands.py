@@ -23,6 +23,7 @@ from .files import require_folder, require_writable, save_elsewhere, save_unused
 from .loading import load_backbone
 from .method.attributes import ATTRIBUTES, resolve_attribute
 from .method.baselines import METHODS, method_named
+from .method.config import TuningConfig
 from .method.cost import require_memory, time_in_words, tuning_cost
 from .method.customization import Customization, load_customization, steps_of
 from .method.export import export

@@ -43,8 +43,9 @@ class NoisedViews:
 
     def joined(self, other: NoisedViews) -> NoisedViews:
         """These and the `other` ones in one batch; neither may have its maps."""
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("x_t", "t", "target", "mask"))
-        return NoisedViews(*(torch.cat(pair) for pair in pairs), [*self.prompts, *other.prompts])
+        names = ("x_t", "t", "target", "mask")
+        tensors = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names}
+        return NoisedViews(**tensors, prompts=[*self.prompts, *other.prompts])
 
     def at(self, rows: Tensor) -> NoisedViews:
         there = rows.to(self.t.device)

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import escd
-from escd.__main__ import main
 from escd.backbone.layers import coarse_layers, encode_layers, layered, layers_of
 from escd.backbone.parts import names_of
 from escd.backbone.prompts import rare_word
+from escd.commands import main
 from escd.method import step, tuning
 from escd.method.baselines import METHODS, TEMPLATES
 from escd.method.config import TuningConfig
