@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from ..backbone.model import Backbone
 from ..backbone.parts import NO_PART
 from ..backbone.prompts import rare_word, word_id
+from ..data.captions import with_article
 from .attributes import Attribute, resolve_attribute
 from .config import RATES, STEPS, TuningConfig
 from .views import PROMPTS
@@ -112,10 +113,9 @@ class Method:
         """The prompts of the reference, and that of the class images."""
         word = attribute.word
         if self.before_class is not None:
-            article = "an" if word[0] in "aeiou" else "a"
             return {
                 "prompts": (f"{self.before_class}a {{}} {word}",),
-                "prior_prompt": f"{self.before_class}{article} {word}",
+                "prior_prompt": f"{self.before_class}{with_article(word)}",
             }
         if not self.templates or attribute.recipe is None:
             return {}
