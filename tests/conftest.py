@@ -22,11 +22,16 @@ from escd.method import tuning
 from escd.method.attributes import resolve_attribute
 from escd.method.customization import Customization
 from escd.method.fusion import AttributeFilter
+from escd.method.pipeline import ESCDPipeline
 
 WORDS = (
     "man a an the shape appearance texture colour star circle heart in of on with red green blue white and "
     "striped solid background gray pink beige cyan horse * m , . ' s ( ) ! - 2"
 ).split()
+
+BOTH = "a *m shape with *a appearance on a gray background"
+# What some of diffusers' schedulers do with NumPy 2.
+from_diffusers = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 def make_tokenizer(folder, length: int = 16) -> CLIPTokenizerFast:
@@ -175,6 +180,13 @@ def interrupted_once(monkeypatch) -> None:
         return predicted(*given)
 
     monkeypatch.setattr(tuning, "predicted", interrupted)
+
+
+@pytest.fixture
+def pipe(backbone, shape, appearance) -> ESCDPipeline:
+    pipe = ESCDPipeline(backbone, shape=shape, appearance=appearance)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 # ---- what several tests compare with

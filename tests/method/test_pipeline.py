@@ -7,25 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import assert_untouched, make_backbone, make_customization, snapshot
+from conftest import BOTH, assert_untouched, from_diffusers, make_backbone, make_customization, snapshot
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from escd import Attribute, ESCDPipeline
 
-BOTH = "a *m shape with *a appearance on a gray background"
 WORDS = "a shape shape with appearance appearance on a gray background"
 PLAIN = "a striped red and white star on a beige background"
-
-# What some of diffusers' schedulers do with NumPy 2.
-from_diffusers = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-
-@pytest.fixture
-def pipe(backbone, shape, appearance) -> ESCDPipeline:
-    pipe = ESCDPipeline(backbone, shape=shape, appearance=appearance)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture

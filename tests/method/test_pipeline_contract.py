@@ -24,7 +24,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import assert_untouched, make_customization, snapshot
+from conftest import BOTH, assert_untouched, from_diffusers, make_customization, snapshot
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -41,16 +41,7 @@ from escd import ESCDPipeline
 from escd.backbone.prompts import copy_of
 from escd.backbone.skeleton import own
 
-BOTH = "a *m shape with *a appearance on a gray background"
 PLAIN = "a red star on a blue circle"
-from_diffusers = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-
-@pytest.fixture
-def pipe(backbone, shape, appearance) -> ESCDPipeline:
-    pipe = ESCDPipeline(backbone, shape=shape, appearance=appearance)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture
