@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from typing import TYPE_CHECKING
 
 from .waiting import wait_briefly
@@ -73,14 +74,19 @@ _MODULES = {
     ".sliders": ("attribute_sliders",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
+_SUBMODULES = (
+    "backbone", "data", "evaluation", "loading", "method", "paper", "parts", "pretrain", "records", "sliders",
+)  # fmt: skip
+# Two threads that import diffusers' modules at the same time can meet one that is half imported.
+_IMPORTING = threading.RLock()
 
 
 def __getattr__(name: str) -> object:
-    if name == "parts":
-        return importlib.import_module(".parts", __name__)
-    if name not in _HOME:
+    if name not in _HOME and name not in _SUBMODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name], __name__), name)
+    with _IMPORTING:
+        module = importlib.import_module(_HOME.get(name, f".{name}"), __name__)
+    value = getattr(module, name) if name in _HOME else module
     globals()[name] = value  # asked for once
     return value
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from .ending import run_command
+
+if __name__ == "__main__":
+    run_command("escd.paper.draw")  # before torch is imported: an interrupt is one line
+
 from .paper.diagrams import diagram_encoder, diagram_filter, diagram_pipeline
-from .paper.draw import FIGURES, main
+from .paper.draw import FIGURES
 from .paper.figures import (
     autoencoder_rate,
     backbone_samples,
@@ -34,6 +38,3 @@ __all__ = [
     "transfer_by_rank",
     "transfer_examples",
 ]
-
-if __name__ == "__main__":
-    run_command(main)

@@ -35,7 +35,11 @@ def coarse_layers(unet: UNet2DConditionModel) -> list[int]:
 
 
 def layered(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """`unet` as it takes a conditioning (B, K L, D) for its K cross-attention layers; it is left alone."""
+    """`unet` as it takes a conditioning (B, K L, D) for its K cross-attention layers; it is left alone.
+
+    Of a compiled UNet (`torch.compile`) the eager one is taken, because a compiled one ignores new hooks.
+    """
+    unet = getattr(unet, "_orig_mod", unet)
     paths = layers_of(unet)
     return pre_hooked(unet, {path: _reads(k, len(paths)) for k, path in enumerate(paths)})
 
@@ -59,12 +63,12 @@ def _count(pseudo_words: Mapping[str, Tensor]) -> int:
     return next(len(v) for v in pseudo_words.values() if v.ndim == 2)
 
 
-def require_layers(embeds: Mapping[str, Tensor], pseudo_words: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for embeds (B, N, D) that are no K L tokens of K layers, or not equally long."""
+def require_layers(embeds: Mapping[str, Tensor], pseudo_words: Mapping[str, Tensor], length: int) -> None:
+    """Raise ValueError for embeds (B, N, D) unless N is K L: K layers, prompts of L = `length` tokens."""
     if not is_layered(pseudo_words):
         return
-    count, lengths = _count(pseudo_words), {e.shape[1] for e in embeds.values()}
-    if len(lengths) > 1 or lengths.pop() % count:
+    count = _count(pseudo_words)
+    if {e.shape[1] for e in embeds.values()} != {count * length}:
         raise ValueError(
             f"a pseudo-word has an embedding for each of {count} layers: as prompt_embeds and "
             "negative_prompt_embeds give both that this pipeline's encode_prompt returns"

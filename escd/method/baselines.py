@@ -157,7 +157,8 @@ _ALL = (
         "dreambooth",
         "Ruiz et al. 2023, DreamBooth (arXiv 2208.12242)",
         "the tuned text encoder of some later code, which the paper does not have; class images stay "
-        "latents, because decoding and encoding them adds nothing but error",
+        "latents, because decoding and encoding them adds nothing but error; every word of `mini` has "
+        "a meaning, so its rare word names a background",
         part="all",
         settings={"start": "rare", "learn_word": False, "batch_size": 1, "views": 1, "prior_images": 200},
         large={"learning_rate": 5e-6, "steps": 400},
@@ -167,7 +168,8 @@ _ALL = (
         "custom-diffusion",
         "Kumari et al. 2023, Multi-Concept Customization (arXiv 2212.04488)",
         "resized references under 'very small' and 'far away', which would teach a size; regularisation "
-        "images are generated, as in its own variant, because no image collection is at hand",
+        "images are generated, as in its own variant, because no image collection is at hand; the rare "
+        "word of `mini` is as for DreamBooth",
         part="all/kv",
         settings={"start": "rare", "batch_size": 8, "prior_images": 200, **_FLIPPED},
         large={"learning_rate": 8e-5, "word_learning_rate": 8e-5, "steps": 250},

@@ -189,6 +189,8 @@ class TuningConfig:
             raise ValueError("nothing learns: the pseudo-word is fixed and the part is 'none'")
         if self.per_layer and not (self.part == NO_PART and self.learn_word):
             raise ValueError(f"embeddings of each layer learn alone: part='none', not {self.part!r}")
+        if isinstance(self.prompts, list):  # as a file gives it back
+            object.__setattr__(self, "prompts", tuple(self.prompts))
         if not isinstance(self.prompts, tuple) or not all(isinstance(each, str) for each in self.prompts):
             raise TypeError(f"prompts is a tuple of strings, not {self.prompts!r}")
         if lacking := [each for each in self.prompts if each.count("{}") != 1]:

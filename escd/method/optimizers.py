@@ -33,10 +33,11 @@ def optimizers_for(
     ]
     groups = [group for group in groups if group["params"]]
     settings = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "adamw8bit":
-        optimizers = [_eight_bit()(groups, **settings)]
-    else:
-        optimizers = [torch.optim.AdamW(groups, **settings, fused=fused or None)]
+        optimizers.append(_eight_bit()(groups, **settings))
+    elif groups:  # none where Muon has all that learns
+        optimizers.append(torch.optim.AdamW(groups, **settings, fused=fused or None))
     if muon:
         # Steps as long as AdamW's, so that one rate fits both.
         optimizers.append(

@@ -426,7 +426,7 @@ class ESCDPipeline(
             else torch.stack(each).to(device, self.unet.dtype)
             for name, each in asked.items()
         }
-        require_layers(embeds, pseudo_words)
+        require_layers(embeds, pseudo_words, self.tokenizer.model_max_length)
         return padded(embeds, lambda: conditioning([""]))
 
     def _noise(

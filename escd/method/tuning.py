@@ -175,10 +175,10 @@ def _tune(
     prompt_dropout = config.dropout if change.parameters() else 0.0
     views = EncodedViews.of(reference, backbone, attribute, config)
     batches = Batches(views, backbone, config, prompt_dropout)
-    prior = prior_batches(backbone, config)
     # Gradients too small for float16 are scaled up in the backward pass.
     scaled = autocast_dtype(device, dtype) is torch.float16
     updates = Updates(optimizers_for(v, change, config, fused=backbone.large), config, device.type, scaled)
+    prior = prior_batches(backbone, config, progress)
     losses: list[float] = []
     description = f"{attribute.name} ({config.part})"
     bar = tqdm(range(config.steps), desc=description, unit="step", disable=not progress)

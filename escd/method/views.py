@@ -217,6 +217,6 @@ def views_of(reference: Reference, config: TuningConfig) -> tuple[Tensor, Tensor
 
 def readable(backbone: Backbone, token: str, prompts: Sequence[str], plain: Sequence[str]) -> list[str]:
     """Prompts with the pseudo-word put in, except those that would be cut off; `plain` if all are."""
-    written = [prompt.format(token) for prompt in prompts]
+    written = [prompt.replace("{}", token) for prompt in prompts]
     complete = [prompt for prompt in written if not backbone.cut_off(prompt, [token])]
-    return complete or [prompt.format(token) for prompt in plain]
+    return complete or [prompt.replace("{}", token) for prompt in plain]

@@ -333,7 +333,7 @@ def test_a_dtype_by_its_name_and_one_that_no_backbone_runs_in(tiny_folder, backb
     assert load_backbone(tiny_folder, device="cpu", dtype="float16").dtype == torch.float16
     assert backbone.to(dtype="bfloat16").dtype == torch.bfloat16
     for wrong in (torch.float8_e4m3fn, "fp8", "float", torch.int8, torch.complex64, 16):
-        for ask in (load_backbone, Backbone.from_pretrained):
+        for ask in (load_backbone, read_backbone):
             with pytest.raises(ValueError, match="dtype is one of float32, float16, bfloat16, float64, not"):
                 ask(tiny_folder, dtype=wrong)
 

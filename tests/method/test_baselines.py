@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -133,7 +134,7 @@ def test_custom_diffusion_is_the_published_loss_of_keys_values_and_the_word(back
 
 def test_class_images_are_those_of_the_untouched_backbone(backbone):
     config = quick("dreambooth", backbone, seed=5)
-    latents = prior_batches(backbone, config).views.latents
+    latents = prior_batches(backbone, config, progress=False).views.latents
     pipe = escd.ESCDPipeline(backbone)
     pipe.set_progress_bar_config(disable=True)
     for k in range(4):
@@ -242,11 +243,32 @@ def test_layers_mix_travel_and_draw(backbone, picture, tmp_path):
     pipe = escd.ESCDPipeline(backbone, shape)
     embeds, negatives = pipe.encode_prompt("a *m shape")
     pipe(prompt_embeds=embeds, negative_prompt_embeds=negatives, num_inference_steps=1, output_type="latent")
-    with pytest.raises(ValueError, match="encode_prompt"):
-        pipe(prompt_embeds=embeds[:, :-1], num_inference_steps=1)
+    for wrong in (embeds[:, :-1], torch.cat([embeds, embeds], 1)):  # not each layer's 16 tokens
+        with pytest.raises(ValueError, match="encode_prompt"):
+            pipe(prompt_embeds=wrong, negative_prompt_embeds=wrong, num_inference_steps=1)
+
+
+def test_a_compiled_unet_gives_each_layer_its_own(backbone):
+    compiled = torch.compile(backbone.unet, backend="eager")
+    paths = [path for path, module in layered(compiled).named_modules() if module._forward_pre_hooks]
+    assert paths == layers_of(backbone.unet)
 
 
 # ---- presets and their call
+
+
+def test_a_configuration_that_a_file_gives_back_makes_the_same_again(backbone, picture):
+    learnt = escd.customize(picture, "shape", backbone, method="dreambooth", steps=0)
+    again = TuningConfig(**json.loads(json.dumps(learnt.config)))
+    assert again == METHODS["dreambooth"].config("shape", backbone, steps=0)
+
+
+def test_muon_may_have_all_that_learns(backbone, picture):
+    config = TuningConfig.of(
+        "shape", "all/kv", optimizer="muon", learn_word=False, steps=2, batch_size=2, views=2, rank=None
+    )
+    learnt = escd.customize(picture, "shape", backbone, config=config, progress=False)
+    assert any(change.abs().sum() > 0 for change in learnt.delta.values())
 
 
 def test_a_method_is_called_by_its_name(backbone, picture):
