@@ -142,7 +142,7 @@ def test_class_images_are_those_of_the_untouched_backbone(backbone):
         alone = pipe(config.prior_prompt, generator=generator, output_type="latent").images
         torch.testing.assert_close(latents[k : k + 1], alone, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(latents[0], latents[1])
-    assert prior_batches(backbone, TuningConfig.of("shape")) is None
+    assert prior_batches(backbone, TuningConfig.of("shape"), progress=False) is None
 
 
 def test_a_class_image_has_other_noise_than_the_reference(backbone, one_step):
