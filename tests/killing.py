@@ -32,7 +32,7 @@ from escd import records  # noqa: E402
 from escd.backbone.folder import save_backbone  # noqa: E402
 from escd.commands import main as escd  # noqa: E402
 from escd.paper import draw, sheets, stems  # noqa: E402
-from escd.paper.canvas import Drawing  # noqa: E402
+from escd.paper.canvas import Drawing, pixels  # noqa: E402
 from escd.pretrain import loop  # noqa: E402
 
 EVENTS = {"open", "os.mkdir", "os.rename", "os.link", "os.chmod", "os.remove", "os.rmdir"}
@@ -84,7 +84,7 @@ def study(said: str = "two") -> None:
     """A record of each of two configurations, and a picture beside one."""
     records.FOLDER = Path("records")
     sheets._inputs = lambda config: {}
-    sheets.MAKERS[sheets.SheetConfig] = lambda config: ([draw.pixels(Image.new("RGB", (8, 8), "red"))], {})
+    sheets.MAKERS[sheets.SheetConfig] = lambda config: ([pixels(Image.new("RGB", (8, 8), "red"))], {})
     for prompt in (said, f"{said} more"):
         sheets.stored_images(sheets.SheetConfig((prompt,)))
 

@@ -158,7 +158,7 @@ def test_training_learns_resumes_and_exports(tmp_path, monkeypatch):
     one, other = (j.network(image)["shape"] for j in (first, again))
     assert one.shape == (2, HEADS["shape"]) and not torch.equal(one, other)
     state = torch.load(tmp_path / "runs" / "judges" / "state.pt", weights_only=True)
-    assert state["seen"] == 192
+    assert state["progress"]["images"] == 192
     (tmp_path / "runs" / "judges" / "state.pt").unlink()
     training.main([*arguments, "--images", "64", "--further", "--learning-rate", "1e-9"])
     further = load_judges(weights).network
