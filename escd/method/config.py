@@ -15,8 +15,9 @@ from .attributes import RECIPES, Attribute, resolve_attribute
 # "adamw8bit" is AdamW with its two averages in a byte each (Dettmers et al. 2022), for want of memory.
 OPTIMIZERS = ("muon", "adamw", "adamw8bit")
 OPTIMIZER = "muon"
-# Learning rate and steps for each half of the UNet. The halves differ in size and depth, so one rate for both
-# would compare rates, not halves.
+# Learning rate and steps for each half of the UNet, set by hand on development references: no record compares
+# rates (`docs/notes/2026-11-27-tuning.md`). The halves differ in size and depth, so one rate for both would
+# compare rates, not halves.
 RATES = {
     "muon": {
         "shape": {"encoder": 1.2e-2, "decoder": 3e-3, "all": 3e-3},
@@ -256,7 +257,7 @@ class TuningConfig:
             if ranked:
                 defaults["learning_rate"] = LARGE_RANK_RATE
             if recipe == "appearance" and half == "decoder":
-                # A fifth of the time for the same scores on `mini` (notebook 3, benchmarks/tuning_cost.py).
+                # A fifth less time for the same scores on `mini` (notebook 3, benchmarks/tuning_cost.py).
                 defaults["conditioning"] = "half"
         return cls(**defaults | given)
 

@@ -103,7 +103,7 @@ class AttributeFilter(ModelMixin, ConfigMixin):
         offset = self.fuse(merged)
         # Shorter than 1. Scaled by its width it is slow to come near that, where no more would be learnt.
         offset = offset / (1 + offset.square().mean(-1, keepdim=True)).sqrt() / offset.shape[-1] ** 0.5
-        # Eq. 5: v = e + f([embeds_ref; e])
+        # Eq. 5: v_w = e(w) + g_w(embeds_ref, e(w)), with |g_w| < reach |e(w)|
         return word + self.config.reach * word.norm(dim=-1, keepdim=True) * offset
 
 

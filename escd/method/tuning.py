@@ -239,7 +239,7 @@ def _loss(
     loss = tuning_loss(prediction[: len(batch.t)], batch, _weight(batch, batches, config))
     if class_batch is None:
         return loss
-    # L + lambda L_prior (DreamBooth, Eq. 2)
+    # L + lambda L_prior (prior preservation, Ruiz et al. 2023)
     weight = config.prior_weight * _weight(class_batch, batches, config)
     return loss + tuning_loss(prediction[len(batch.t) :], class_batch, weight)
 
