@@ -3,8 +3,8 @@
 Rates and steps are the papers' (or their Stable Diffusion code's) on a large backbone. On `mini` they are
 this project's for AdamW, because a network of 1/100 of the size needs larger steps.
 Common to all: AdamW's averages are at 0.9 and 0.99 without weight decay, as in the rest of this package. A
-velocity's error is weighted by `loss_weight`; the papers predict the noise and have no weight. The word of the
-attribute stands for the class noun.
+velocity's error is weighted by `loss_weight`; the papers predict the noise and have no weight. The word of
+the attribute stands for the class noun.
 """
 
 from __future__ import annotations
