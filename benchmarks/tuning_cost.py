@@ -82,11 +82,11 @@ class TuningCostConfig:
     size: str = "sd15"
     pixels: int = 256
     batch: int = 1
+    threads: int | None = None
     rounds: int = 2
     steps: int = 2
     dtype: str = "float32"
     checkpointing: bool = False
-    threads: int | None = None
 
 
 def prepare(

@@ -106,6 +106,7 @@ def test_generate_without_customizations(here, tiny_folder):
         assert image.size == (16, 16)
 
 
+LEARN = ["customize", "horse.png", "--attribute", "shape"]
 ERRORS = {
     "nothing to export": (["export", "none.safetensors"], "no customization at none.safetensors"),
     "no image": (["customize", "none.png", "--attribute", "shape"], "No such file or directory: 'none.png'"),
@@ -114,24 +115,12 @@ ERRORS = {
         ["customize", "horse.png", "--attribute", "colour"],
         "unknown attribute 'colour'; known: shape",
     ),
-    "unknown part": (
-        ["customize", "horse.png", "--attribute", "shape", "--part", "left"],
-        "unknown part 'left'",
-    ),
-    "negative steps": (
-        ["customize", "horse.png", "--attribute", "shape", "--steps", "-1"],
-        "steps must not be negative",
-    ),
-    "no such folder": (
-        ["customize", "horse.png", "--attribute", "shape", "--output", "no/x.safetensors"],
-        "no folder no",
-    ),
-    "output is a folder": (
-        ["customize", "horse.png", "--attribute", "shape", "--output", "."],
-        "this is a folder: name a file in it: '.'",
-    ),
+    "unknown part": ([*LEARN, "--part", "left"], "unknown part 'left'"),
+    "negative steps": ([*LEARN, "--steps", "-1"], "steps must not be negative"),
+    "no such folder": ([*LEARN, "--output", "no/x.safetensors"], "no folder no"),
+    "output is a folder": ([*LEARN, "--output", "."], "this is a folder: name a file in it: '.'"),
     "output's name is too long": (
-        ["customize", "horse.png", "--attribute", "shape", "--output", "x" * 300],
+        [*LEARN, "--output", "x" * 300],
         "nothing can be written there: File name too long: 'xxx",
     ),
     "pictures to a file": (["generate", "a star", "--output", "horse.png"], "horse.png is no folder"),
@@ -140,10 +129,7 @@ ERRORS = {
         ["generate", "--like", "horse.png"],
         "horse.png does not say how it was drawn",
     ),
-    "mask of another size": (
-        ["customize", "horse.png", "--attribute", "shape", "--mask", "small.png"],
-        "the mask is 9 x 9",
-    ),
+    "mask of another size": ([*LEARN, "--mask", "small.png"], "the mask is 9 x 9"),
     "no sampling steps": (
         ["generate", "a star", "--steps", "0"],
         "num_inference_steps must be a whole number from 1 on",

@@ -66,7 +66,10 @@ class StudyConfig(ListConfig):
 
 @dataclass(frozen=True)
 class CompositionConfig(ListConfig):
-    """The shape of one reference with the appearance of another, in one pass per step."""
+    """The shape of one reference with the appearance of another, in one pass per step.
+
+    `shape` and `appearance` are ids of references in the list; a control has no tuning.
+    """
 
     shape: str
     appearance: str

@@ -71,12 +71,9 @@ class Method:
     before_class: str | None = None  # of "a {} class" and, for prior preservation, "a class"; None: neither
 
     def config(
-        self,
-        attribute: Attribute | str,
-        backbone: Backbone | None = None,
-        part: str | None = None,
+        self, attribute: Attribute | str, backbone: Backbone | None = None, part: str | None = None,
         **changes: object,
-    ) -> TuningConfig:
+    ) -> TuningConfig:  # fmt: skip
         """The configuration for an attribute. None leaves a number at the method's.
 
         Raises ValueError for a part or rank that contradicts the method, and what `TuningConfig.of` raises.

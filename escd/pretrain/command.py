@@ -23,6 +23,9 @@ STAGES = {stage.name: stage for stage in (AutoencoderStage, WordStage, TowerStag
 WEIGHTS = paths.WEIGHTS / "mini"
 FILTERS = paths.RUNS / "filters"
 
+# Of the loop, as the command line has them.
+OPTIONS = ("images", "compile", "further", "learning_rate", "batch_size")
+
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and train the named stages in order."""
@@ -43,15 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     makers = _makers(arguments, weights)
     for name in arguments.stages or STAGES:
-        train(
-            makers[name],
-            weights=weights,
-            images=arguments.images,
-            compile=arguments.compile,
-            further=arguments.further,
-            learning_rate=arguments.learning_rate,
-            batch_size=arguments.batch_size,
-        )
+        train(makers[name], weights=weights, **{option: getattr(arguments, option) for option in OPTIONS})
         print(f"{name}: weights in {weights}")
     if filters:
         print(f"escd.load_backbone({arguments.backbone!r}, filters={str(weights)!r}) takes them")
