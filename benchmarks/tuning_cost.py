@@ -52,18 +52,17 @@ SIZES = {"sd15": SD15, "small": SMALL}
 
 @dataclass(frozen=True)
 class Method:
-    """What learns: a part of the UNet (None: nothing of it), only some of its weights, a pseudo-word."""
+    """What learns: a part of the UNet (None: nothing of it), a pseudo-word."""
 
     part: str | None
     word: bool
     conditioning: str = "joint"
-    only: tuple[str, ...] = ("",)
     lora: int = 0
 
 
 METHODS = {
     "whole UNet (DreamBooth)": Method("all", word=False),
-    "keys and values (Custom Diffusion)": Method("all/attn2", word=True, only=("to_k", "to_v")),
+    "keys and values (Custom Diffusion)": Method("all/kv", word=True),
     "LoRA, rank 16 (peft)": Method(None, word=False, lora=16),
     "pseudo-word (Textual Inversion)": Method(None, word=True),
     "shape": Method("encoder", word=True),
@@ -115,9 +114,7 @@ def prepare(
     if method.part is not None:
         chosen = parameters_of(unet, method.part)
         # the network's own tensors learn: a copy would be memory that diffusers' scripts do not need
-        weights = {
-            name: p.requires_grad_() for name, p in chosen.items() if any(o in name for o in method.only)
-        }
+        weights = {name: p.requires_grad_() for name, p in chosen.items()}
         learning += weights.values()
     if method.word:
         text = text.requires_grad_()

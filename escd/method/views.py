@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backbone.model import Backbone
 from ..data.captions import FULL_FORMS, captions_of
+from ..data.foreground import inner
 from ..data.names import PATTERNS
 from ..data.world import World
 from .config import TuningConfig
@@ -86,11 +87,9 @@ def _largest_rectangle(mask: np.ndarray) -> tuple[int, int, int, int]:
     Of those the largest. The outermost pixels of the mask are mixed with the background, and left out where
     enough is left.
     """
-    inner = ndimage.binary_erosion(mask)
-    inner = inner if inner.sum() > 0.25 * mask.sum() else mask
-    high, wide = inner.shape
+    high, wide = mask.shape
     total = np.zeros((high + 1, wide + 1), int)
-    total[1:, 1:] = inner.cumsum(0).cumsum(1)
+    total[1:, 1:] = inner(mask).cumsum(0).cumsum(1)
 
     def places(h: int, w: int) -> np.ndarray:
         """Where a rectangle of this size lies within."""
@@ -170,10 +169,8 @@ def repainted(
 
 def _filled(image: Tensor, inside: Tensor) -> Tensor:
     """The image (3, H, W) with its silhouette's nearest pixel wherever `inside` (1, H, W) is not."""
-    mask = inside[0].cpu().numpy() > 0.5
-    inner = ndimage.binary_erosion(mask)  # the outermost pixels are mixed with the background
-    inner = inner if inner.sum() > 0.25 * mask.sum() else mask
-    y, x = ndimage.distance_transform_edt(~inner, return_distances=False, return_indices=True)
+    covered = inner(inside[0].cpu().numpy() > 0.5)
+    y, x = ndimage.distance_transform_edt(~covered, return_distances=False, return_indices=True)
     return image[:, torch.from_numpy(y).long(), torch.from_numpy(x).long()]
 
 
