@@ -25,6 +25,7 @@ class SamplingConfig:
     seed: int = 0
     sampler_steps: int = 25
     guidance_scale: float = 4.0
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
