@@ -15,6 +15,7 @@ from ..data import foreground, patterns
 from ..data.names import COLOUR_RGB, COLOURS, PATTERNS, SHAPES, SIZE
 from ..data.random import CounterRNG
 from ..method.attributes import ATTRIBUTES
+from ..method.guidance import PLAIN_SCALE
 from ..method.pipeline import ESCDPipeline
 from . import measure, texture
 from .judges import Judges, load_judges, obeyed
@@ -88,7 +89,7 @@ def _nearest(distance: Callable, look: measure.Appearance, candidates: Sequence[
 def score_customization(
     pipe: ESCDPipeline, prompts: Sequence[Prompt], shape: Reference, appearance: Reference,
     listed: References, judges: Judges, *, seed: int = 0, sampler_steps: int = 25,
-    guidance_scale: float = 4.0, guidance_rescale: float = 0.0,
+    guidance_scale: float = PLAIN_SCALE, guidance_rescale: float = 0.0,
 ) -> dict[str, list]:  # fmt: skip
     """Generate one image per prompt with a pipeline and score them (`score_images`).
 
@@ -170,7 +171,7 @@ def oracle_images(
 
 def prompt_obedience(
     backbone: Backbone, n: int = 512, seed: int = 0, *, judges: Judges | None = None,
-    sampler_steps: int = 25, guidance_scale: float = 4.0, guidance_rescale: float = 0.0,
+    sampler_steps: int = 25, guidance_scale: float = PLAIN_SCALE, guidance_rescale: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """Share of `n` random prompts that one image each obeys: by attribute, and in all attributes at once."""
     prompts = named_prompts(n, seed)
