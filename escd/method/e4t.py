@@ -156,7 +156,7 @@ def require_same_layout(e4t: E4T, backbone: Backbone, where: object) -> None:
         raise ValueError(
             f"the E4T encoder in {where} is of another backbone: it reads features and a word "
             f"{read[0]}, {read[1]} wide and has {len(shapes)} weight offsets, which does not fit "
-            f"{backbone.name}"
+            f"{backbone.name}: move it away, and train one with `python -m escd.pretrain e4t`"
         )
 
 
@@ -192,6 +192,11 @@ def latent_features(
     text = empty.expand(len(x_t), -1, -1)
     maps = with_weights(down_path, unet, weights, x_t, t, text) if weights else down_path(unet, x_t, t, text)
     return pooled(maps, (1,))
+
+
+def squared_length(offset: Tensor) -> Tensor:
+    """The mean squared length, a scalar, of offsets (B, D), which E4T's loss holds down."""
+    return offset.square().sum(-1).mean()
 
 
 class E4TChange(Change):
@@ -230,7 +235,7 @@ class E4TChange(Change):
         """Pseudo-words (B, D) of noised latents x_t at time steps t, and the penalty of their offsets."""
         features = latent_features(unet, weights, x_t, t, self.empty)
         offset = self.encoder(self.cls.expand(len(features), -1), features)
-        return word + offset, self.penalty * offset.square().sum(-1).mean()
+        return word + offset, self.penalty * squared_length(offset)
 
     def encoder_tensors(self) -> dict[str, Tensor] | None:
         """The encoder in half precision on the CPU, with the reference's CLS token, as stored."""
