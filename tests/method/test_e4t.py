@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import escd
+from escd.backbone.folder import save_backbone
 from escd.backbone.halves import down_path
 from escd.backbone.parts import names_of, parameters_of
 from escd.commands import main
@@ -370,7 +372,7 @@ def test_malformed_encoders_are_refused(ready, picture, tmp_path):
     assert len(cases) == 12
     for tensors, told in cases.values():
         path = tmp_path / "odd.safetensors"
-        save_file({n: w.contiguous() for n, w in tensors.items()}, path, metadata=about)
+        save_file({n: w.clone() for n, w in tensors.items()}, path, metadata=about)
         with pytest.raises(ValueError, match=told) as refused:
             escd.load_customization(path, ready)
         assert str(path) in str(refused.value)
@@ -379,8 +381,6 @@ def test_malformed_encoders_are_refused(ready, picture, tmp_path):
 
 
 def _about(customization, tmp_path):
-    from safetensors import safe_open
-
     with safe_open(customization.save(tmp_path / "whole.safetensors"), "pt") as stored:
         return stored.metadata()["about"]
 
@@ -392,8 +392,6 @@ def test_it_cannot_be_exported(learnt, tmp_path):
 
 
 def test_what_was_pretrained_travels_with_the_backbone(ready, tmp_path):
-    from escd.backbone.folder import save_backbone
-
     save_backbone(ready, tmp_path / "b")
     again = escd.load_backbone(tmp_path / "b", device="cpu")
     for name, w in ready.e4t.state_dict().items():
@@ -427,8 +425,6 @@ def test_a_backbone_without_it_says_what_to_run(backbone, picture, tiny_folder, 
 
 @pytest.mark.filterwarnings("ignore:no silhouette")
 def test_the_command_line_learns_and_draws_with_it(ready, tmp_path, capsys):
-    from escd.backbone.folder import save_backbone
-
     save_backbone(ready, tmp_path / "b")
     image, output = tmp_path / "image.png", tmp_path / "x.safetensors"
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
@@ -464,9 +460,8 @@ def test_fields_that_contradict_each_other_are_refused(changes):
 
 def test_reading_is_counted_in_the_cost(ready):
     config = replace(METHODS["e4t"].config("shape", ready), steps=1)
-    without = replace(config, latent_encoder=False, offset_penalty=0.0)
-    plain = replace(without, weight_offsets=False)
-    costs = [tuning_cost(ready, each) for each in (config, without, plain)]
+    plain = replace(config, latent_encoder=False, offset_penalty=0.0, weight_offsets=False)
+    costs = [tuning_cost(ready, each) for each in (config, plain)]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         x_t, t = torch.zeros(16, *ready.latent_shape), torch.zeros(16, dtype=torch.long)
         text = ready.encode_prompt([""]).expand(16, -1, -1)
@@ -477,7 +472,7 @@ def test_reading_is_counted_in_the_cost(ready):
     assert more / counter.get_total_flops() == pytest.approx(3, abs=0.3)
     assert costs[0].activations > costs[1].activations
     numbers = sum(p.numel() for p in ready.e4t.parameters())
-    assert costs[0].learning == costs[1].learning > costs[2].learning + 16 * numbers
+    assert costs[0].learning > costs[1].learning + 16 * numbers
 
 
 def test_the_cost_of_reading_at_stable_diffusions_size():
