@@ -63,7 +63,7 @@ def test_it_starts_as_the_untouched_backbone_and_learns(stage):
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    assert idle == [] and losses[-1] < 0.95 * losses[0]
+    assert idle == [] and losses[-1] < 0.97 * losses[0]
     assert float(loss.detach()) == pytest.approx(float(logs["error"]) + 0.01 * float(logs["squared length"]))
     assert logs["squared length"] > 0
     assert all(any(p.any() for p in offset.row.parameters()) for offset in stage.module.e4t.offsets.values())
