@@ -178,7 +178,8 @@ def _customize(options: argparse.Namespace, ending: Ending) -> None:
 def _bytes_of(backbone: Backbone, config: TuningConfig) -> int:
     """About as many bytes as the file of a customization has."""
     trained = {} if config.part == NO_PART else parameters_of(backbone.unet, config.part)
-    return int(megabytes_at(trained, config.rank or sys.maxsize) * 1e6) + 100_000  # and its header
+    read = sum(p.numel() for p in backbone.e4t.encoder.parameters()) if config.latent_encoder else 0
+    return int(megabytes_at(trained, config.rank or sys.maxsize) * 1e6) + 2 * read + 100_000  # and its header
 
 
 def _keep(learnt: Customization, output: Path, cut_short: bool = False) -> Path:

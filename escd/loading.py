@@ -18,6 +18,7 @@ from .backbone.model import Backbone
 from .method.attributes import ATTRIBUTES
 from .method.config import TuningConfig
 from .method.cost import time_in_words, tuning_cost
+from .method.e4t import E4T, require_same_layout
 from .method.encoder import feature_widths
 from .method.fusion import AttributeFilter
 
@@ -109,8 +110,9 @@ def read_backbone(
     A folder without `image_tower/` takes `image_tower`: a tower, or the safetensors file of the OpenCLIP
     model in `OPENCLIP`, which is otherwise taken from the hub once a filter reads it. The filters
     are those of the folder `filters`, where `python -m escd.pretrain filters` wrote them, by default
-    those of `folder` itself, if it has any. Raises FileNotFoundError for what is missing, ValueError for
-    filters of another backbone's width.
+    those of `folder` itself, if it has any; so is what `python -m escd.pretrain e4t` wrote. Raises
+    FileNotFoundError for what is missing, ValueError for filters, or an E4T encoder, of another backbone's
+    width.
     """
     dtype, folder = as_dtype(dtype), Path(folder)
     require_layout(folder)
@@ -122,10 +124,12 @@ def read_backbone(
     elif image_tower is not None and tower is None:
         tower = open_clip_tower(image_tower, dtype)
     configs = sorted(Path(filters or folder).glob("filters/*/config.json"))
-    if filters is not None and not configs:
+    pretrained = Path(filters or folder) / "e4t"
+    has_e4t = (pretrained / "config.json").is_file()
+    if filters is not None and not configs and not has_e4t:
         raise FileNotFoundError(
             f"no attribute filters in {filters}: `python -m escd.pretrain filters` writes a folder with "
-            "filters/shape and filters/appearance"
+            "filters/shape and filters/appearance, `python -m escd.pretrain e4t` one with e4t"
         )
     backbone = Backbone(
         vae=load_network(AutoencoderKL, folder / "vae", dtype),
@@ -139,7 +143,10 @@ def read_backbone(
         image_tower=tower,
         filters={path.parent.name: load_network(AttributeFilter, path.parent, dtype) for path in configs},
         name=name or folder.resolve().name,
+        e4t=load_network(E4T, pretrained, dtype) if has_e4t else None,
     )
+    if backbone.e4t is not None:
+        require_same_layout(backbone.e4t, backbone, pretrained)
     for attribute, trained in backbone.filters.items():
         read = trained.config.cls_width, trained.config.down_width, trained.config.word_width
         there = (

@@ -12,16 +12,18 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
+import escd
 from escd import frozen, records
 from escd.backbone.folder import save_backbone
 from escd.backbone.image_tower import ImageTower
 from escd.backbone.model import Backbone
 from escd.backbone.parts import parameters_of
 from escd.loading import read_backbone
-from escd.method import tuning
+from escd.method import step, tuning
 from escd.method.attributes import resolve_attribute
 from escd.method.customization import Customization
 from escd.method.fusion import AttributeFilter
+from escd.method.optimizers import Updates
 from escd.method.pipeline import ESCDPipeline
 
 WORDS = (
@@ -187,6 +189,39 @@ def pipe(backbone, shape, appearance) -> ESCDPipeline:
     pipe = ESCDPipeline(backbone, shape=shape, appearance=appearance)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def picture(backbone):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(3, backbone.image_size, backbone.image_size, generator=generator) * 2 - 1
+
+
+@pytest.fixture
+def one_step(backbone, picture, monkeypatch):
+    """Runs one step in float32; returns its batches as drawn, its gradients by optimiser order, its loss."""
+
+    def run(config):
+        drawn, gradients = [], []
+        draw, apply = tuning.Batches.draw, Updates.apply
+
+        def keep(self, count):
+            drawn.append(draw(self, count))
+            return drawn[-1]
+
+        def read(self, loss, number):
+            learning = [p for group in self.groups for p in group["params"]]
+            gradients.extend(torch.autograd.grad(loss, learning, retain_graph=True))
+            apply(self, loss, number)
+
+        monkeypatch.setattr(tuning.Batches, "draw", keep)
+        monkeypatch.setattr(Updates, "apply", read)
+        monkeypatch.setattr(step, "autocast_dtype", lambda *_: None)
+        monkeypatch.setattr(tuning, "autocast_dtype", lambda *_: None)
+        learnt = escd.customize(picture, config.attribute, backbone, config=config, progress=False)
+        return drawn, gradients, learnt
+
+    return run
 
 
 # ---- what several tests compare with

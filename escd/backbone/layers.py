@@ -81,15 +81,22 @@ def encode_layers(
     prompts: Iterable[str] | str,
     pseudo_words: Mapping[str, Tensor],
     clip_skip: int | None = None,
+    of_prompts: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Text conditioning (B, K L, D) of `prompts` for K layers, joined along the tokens.
 
     A pseudo-word's embedding is (K, D), a row for each layer, or (D,), the same for all; where none has rows,
-    it is the plain (B, L, D). Raises what `prompts.encode` raises.
+    it is the plain (B, L, D). of_prompts: in place of some of them an embedding (B, D), a row for each
+    prompt. Raises what `prompts.encode` raises.
     """
+    of_prompts = dict(of_prompts or {})
     if not is_layered(pseudo_words):
-        return encode(tokenizer, text_encoder, prompts, pseudo_words, clip_skip)
+        words = {**pseudo_words, **of_prompts}
+        return encode(tokenizer, text_encoder, prompts, words, clip_skip)
     count = _count(pseudo_words)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    each = [{token: v[k] if v.ndim == 2 else v for token, v in pseudo_words.items()} for k in range(count)]
+    each = [
+        {token: v[k] if v.ndim == 2 else v for token, v in pseudo_words.items()} | of_prompts
+        for k in range(count)
+    ]
     return torch.cat([encode(tokenizer, text_encoder, prompts, words, clip_skip) for words in each], 1)

@@ -22,7 +22,8 @@ class Backbone:
     """A latent diffusion model (vae, text encoder, UNet, scheduler), an image tower and attribute filters.
 
     `filters` maps an attribute's name to its pretrained `AttributeFilter`; it may be empty. `image_tower`
-    None is the published tower in `OPENCLIP`, fetched from the hub when it is first read: only filters do.
+    None is the published tower in `OPENCLIP`, fetched from the hub when it is first read: only filters and
+    E4T do. `e4t`: what E4T pretrained on this backbone (`escd.method.e4t`), if anything.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Backbone:
         image_tower: ImageTower | None,
         filters: Mapping[str, nn.Module] | None = None,
         name: str = "unnamed",
+        e4t: nn.Module | None = None,
     ) -> None:
         self.vae = vae
         self.text_encoder = text_encoder
@@ -43,6 +45,7 @@ class Backbone:
         self.scheduler = scheduler
         self._image_tower = image_tower
         self.filters = dict(filters or {})
+        self.e4t = e4t
         self.name = name
 
     def __repr__(self) -> str:
@@ -76,9 +79,10 @@ class Backbone:
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """Every network of the backbone by name, the filters as "filters/<attribute>"."""
+        """Every network of the backbone by name, the filters as "filters/<attribute>", E4T's as "e4t"."""
         networks = {name: m for name, m in self.components.items() if isinstance(m, nn.Module)}
-        return networks | {f"filters/{name}": f for name, f in self.filters.items()}
+        networks |= {f"filters/{name}": f for name, f in self.filters.items()}
+        return networks if self.e4t is None else networks | {"e4t": self.e4t}
 
     @property
     def device(self) -> torch.device:

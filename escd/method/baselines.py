@@ -18,6 +18,7 @@ from ..backbone.prompts import rare_word, word_id
 from ..data.captions import with_article
 from .attributes import Attribute, resolve_attribute
 from .config import RATES, STEPS, TuningConfig
+from .e4t import require_pretrained
 from .views import PROMPTS
 
 # Textual Inversion's templates of objects (27) and of styles (19).
@@ -76,7 +77,8 @@ class Method:
     ) -> TuningConfig:  # fmt: skip
         """The configuration for an attribute. None leaves a number at the method's.
 
-        Raises ValueError for a part or rank that contradicts the method, and what `TuningConfig.of` raises.
+        Raises ValueError for a part or rank that contradicts the method, for a backbone without the weights
+        that the method needs, and what `TuningConfig.of` raises.
         """
         attribute = resolve_attribute(attribute)
         if self.name == "escd":
@@ -95,7 +97,10 @@ class Method:
         settings = plain | dict(self.settings) | self._prompts(attribute, backbone)
         if backbone is not None and backbone.large:
             settings |= self.large
-        return TuningConfig.of(attribute, fixed["part"], backbone, **settings | given)
+        config = TuningConfig.of(attribute, fixed["part"], backbone, **settings | given)
+        if backbone is not None:
+            require_pretrained(backbone, config)
+        return config
 
     def _rates(self, attribute: Attribute, backbone: Backbone | None) -> dict[str, object]:
         """Learning rate and steps of `mini`."""
@@ -117,10 +122,13 @@ class Method:
             }
         if not self.templates or attribute.recipe is None:
             return {}
-        templates = TEMPLATES[attribute.recipe]
-        if backbone is not None:
-            templates = in_vocabulary(backbone, templates) or PROMPTS[attribute.recipe]
-        return {"prompts": templates}
+        return {"prompts": templates_for(attribute.recipe, backbone)}
+
+
+def templates_for(recipe: str, backbone: Backbone | None) -> tuple[str, ...]:
+    """Textual Inversion's templates that a backbone can read; our own prompts where it can read none."""
+    templates = TEMPLATES[recipe]
+    return templates if backbone is None else in_vocabulary(backbone, templates) or PROMPTS[recipe]
 
 
 def in_vocabulary(backbone: Backbone, templates: Sequence[str]) -> tuple[str, ...]:
@@ -180,6 +188,25 @@ _ALL = (
         part=NO_PART,
         settings={"start": "word", "per_layer": True, "batch_size": 8, **_FLIPPED},
         large={"word_learning_rate": 5e-3, "steps": 500},
+        templates=True,
+    ),
+    Method(
+        "e4t",
+        "Gal et al. 2023, Encoder-based Domain Tuning (arXiv 2302.12228)",
+        "CLIP's inner layers (its last CLS token is read) and the square layers that mix the rows and "
+        "columns of a weight offset, which would be larger than `mini`; one encoder serves both attributes",
+        part="all",
+        settings={
+            "start": "word",
+            "learn_word": False,
+            "latent_encoder": True,
+            "offset_penalty": 0.01,
+            "weight_offsets": True,
+            "batch_size": 16,
+            "views": 1,
+            "steps": 15,
+        },
+        large={"learning_rate": 1.6e-5},
         templates=True,
     ),
 )

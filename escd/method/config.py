@@ -73,6 +73,11 @@ CONDITIONING = ("joint", "half", "cached")
 # What the pseudo-word starts as: the attribute filter's, the attribute's word, or a rare word.
 STARTS = ("filter", "word", "rare")
 
+_SWITCHES = (
+    "true_scale", "varied", "learn_word", "per_layer", "flips", "constant_rate", "latent_encoder",
+    "weight_offsets",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TuningConfig:
@@ -138,6 +143,12 @@ class TuningConfig:
     prior_images: int = 0
     prior_prompt: str = ""
     prior_weight: float = 1.0
+    # Whether the backbone's pretrained encoder adds to the pseudo-word what it reads from each noised latent
+    # (E4T), and the weight of the squared length of that.
+    latent_encoder: bool = False
+    offset_penalty: float = 0.0
+    # Whether the attention layers' projections have the backbone's pretrained weight offsets (E4T).
+    weight_offsets: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
@@ -173,7 +184,7 @@ class TuningConfig:
         level = self.noise_level
         if level is not None and not (isinstance(level, int | float) and abs(level) <= sys.float_info.max):
             raise ValueError(f"noise_level is None or a finite number, not {level!r}")
-        for name in ("true_scale", "varied", "learn_word", "per_layer", "flips", "constant_rate"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is True or False, not {getattr(self, name)!r}")
         for name in ("augmentation", "dropout"):
@@ -181,6 +192,7 @@ class TuningConfig:
             if not (isinstance(value, int | float) and 0 <= value <= 1):
                 raise ValueError(f"{name} is a share between 0 and 1, not {value!r}")
         self._check_baselines()
+        self._check_e4t()
 
     def _check_baselines(self) -> None:
         """Raise ValueError or TypeError for what the published methods cannot be."""
@@ -205,6 +217,27 @@ class TuningConfig:
         weight = self.prior_weight
         if not (isinstance(weight, int | float) and 0 <= weight <= sys.float_info.max):
             raise ValueError(f"prior_weight must be a number from 0 on, not {weight!r}")
+
+    @property
+    def needs_e4t(self) -> bool:
+        """Whether it starts from what E4T pretrained on the backbone."""
+        return self.latent_encoder or self.weight_offsets
+
+    def _check_e4t(self) -> None:
+        """Raise ValueError for what E4T cannot be."""
+        penalty = self.offset_penalty
+        if not (isinstance(penalty, int | float) and 0 <= penalty <= sys.float_info.max):
+            raise ValueError(f"offset_penalty must be a number from 0 on, not {penalty!r}")
+        if penalty and not self.latent_encoder:
+            raise ValueError("offset_penalty is for what an encoder reads: it needs latent_encoder=True")
+        if not self.needs_e4t:
+            return
+        whole = self.part == "all" and self.rank is None and self.conditioning == "joint"
+        if not whole or self.prior_images:
+            raise ValueError(
+                "latent_encoder and weight_offsets learn with the whole UNet: part='all', rank=None, "
+                "conditioning='joint', no prior images"
+            )
 
     @classmethod
     def of(

@@ -6,6 +6,7 @@ what the step would keep for its way back is counted, and so are its floating-po
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from ..backbone.parts import NO_PART, parameters_of
 from ..backbone.prompts import encode_ids, table_of
 from ..backbone.skeleton import hooked
 from .config import LESS_MEMORY, TuningConfig
+from .e4t import latent_features, offset_shapes
 from .low_rank import factor_numbers
 from .step import NoisedViews, autocast_dtype, fast_arithmetic, predicted
 
@@ -95,15 +97,23 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
             with torch.no_grad():
                 batch.maps = down_path(unet, batch.x_t, batch.t, text)
         text.requires_grad_()
+
+        def step() -> Tensor:
+            if not config.latent_encoder:
+                return predicted(unet, weights, batch, text, config.conditioning)
+            # E4T's encoder reads the way down, and the text is computed from what it reads.
+            features = latent_features(unet, weights, batch.x_t, batch.t, text[:1])
+            return predicted(unet, weights, batch, text + features.mean(), config.conditioning)
+
         kept = _Kept([*unet.parameters(), *weights.values()])
         if checkpointing:
             unet.enable_gradient_checkpointing(kept.recomputed)
         with saved_tensors_hooks(kept.keep, lambda saved: saved):
-            predicted(unet, weights, batch, text, config.conditioning)
+            step()
         if checkpointing:
             unet.enable_gradient_checkpointing(recomputed)
         with FlopCounterMode(display=False) as counter:
-            predicted(unet, weights, batch, text, config.conditioning).sum().backward()
+            step().sum().backward()
     frozen = sum(p.nbytes for module in backbone.modules.values() for p in module.parameters())
     runs = autocast_dtype(backbone.device, dtype)
     if backbone.device.type == "cpu" and runs not in (None, dtype):  # `working_copy`'s own
@@ -113,7 +123,11 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
     )
     if config.rank is not None:  # the weights they change are made anew in each step, and differentiated
         learning += sum(2 * WEIGHT * p.numel() for p in trained.values())
-    read = count * layers if config.learn_word else 0  # prompts whose gradient is kept
+    if config.needs_e4t:  # AdamW has what was pretrained too; the weights with an offset are made anew
+        learning += WEIGHT * (2 + 2) * sum(p.numel() for p in backbone.e4t.parameters())
+        learning += sum(2 * WEIGHT * math.prod(shape) for shape in offset_shapes(unet).values())
+    learns_word = config.learn_word or config.latent_encoder
+    read = count * layers if learns_word else 0  # prompts whose gradient is kept
     activations = kept.bytes + kept.largest + read * _text_activations(backbone)
     if batch.maps is not None:  # of a batch they are counted
         maps = sum(m.nbytes for m in batch.maps) // config.batch_size

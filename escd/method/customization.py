@@ -28,8 +28,10 @@ from ..files import open_safetensors, whole
 from ..reading import json_of
 from .attributes import Attribute
 from .delta import LowRank
+from .e4t import require_encoder
 
 FORMAT = "escd-customization-1"
+_ENCODER = "encoder."  # what the names of the encoder's tensors begin with in a file
 
 
 @dataclass
@@ -46,16 +48,20 @@ class Customization:
     seed: int
     config: dict = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    # E4T's encoder and the reference's CLS token: it adds to `pseudo_word`, at each sampling step, an offset
+    # that it reads from the latents (`escd.method.e4t`).
+    encoder: dict[str, Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, which is the size of the file but for its header."""
-        return sum(w.nbytes for w in (self.pseudo_word, *self.delta.values()))
+        return sum(w.nbytes for w in (self.pseudo_word, *self.delta.values(), *(self.encoder or {}).values()))
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The pseudo-word and the changes of the weights by the names they have in a file."""
+        """The pseudo-word, the changes of the weights and the encoder by the names they have in a file."""
         tensors = {"pseudo_word": self.pseudo_word}
+        tensors |= {f"{_ENCODER}{name}": w for name, w in (self.encoder or {}).items()}
         for name, w in self.delta.items():
             if isinstance(w, LowRank):
                 tensors |= {f"up.{name}": w.up, f"down.{name}": w.down}
@@ -132,8 +138,12 @@ def load_customization(path: str | Path, backbone: Backbone) -> Customization:
     try:
         if "pseudo_word" not in tensors:
             raise ValueError("pseudo_word is missing")
+        encoder = {n: tensors.pop(n) for n in sorted(tensors) if n.startswith(_ENCODER)}
         customization = Customization(
-            **_about(metadata), pseudo_word=tensors.pop("pseudo_word"), delta=_delta(tensors)
+            **_about(metadata),
+            pseudo_word=tensors.pop("pseudo_word"),
+            delta=_delta(tensors),
+            encoder={n.removeprefix(_ENCODER): w for n, w in encoder.items()} or None,
         )
         require_fit(customization, backbone)
     except ValueError as error:
@@ -244,6 +254,10 @@ def require_fit(customization: Customization, backbone: Backbone) -> None:
             f"pseudo_word is {tuple(customization.pseudo_word.shape)}; the words of {backbone.name} are "
             f"{tuple(width)}, and those of each layer {tuple(each_layer)}"
         )
+    if customization.encoder is not None:
+        for name, w in customization.encoder.items():
+            _require_numbers(f"{_ENCODER}{name}", w)
+        require_encoder(customization.encoder, backbone)
     parameters_of(backbone.unet, attribute.part)  # an unknown part is refused
     parameters = {} if part == NO_PART else parameters_of(backbone.unet, part)
     for name, w in customization.delta.items():

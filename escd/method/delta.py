@@ -51,6 +51,10 @@ class Change:
         """The change so far, W - W_0, in half precision on the CPU, as a `Customization` stores it."""
         return {n: (w - self.before[n].float()).half().cpu() for n, w in self.weights().items()}
 
+    def initial_delta(self) -> dict[str, Tensor | LowRank]:
+        """The change before the first step: none."""
+        return {}
+
 
 class Factors(Change):
     """The change of each matrix and kernel as two factors; biases and norms stay as they are."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..backbone.halves import down_path
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
     from ..backbone.model import Backbone
 
 # How noisy the reference is read: little noise keeps the outline and the texture, and still looks to the UNet
@@ -36,7 +38,12 @@ def feature_widths(backbone: Backbone, grids: tuple[int, ...] = GRIDS) -> tuple[
 
     With ``grids=(1,)``, E4T's global means, Stable Diffusion 1.5 has 10 880.
     """
-    config = backbone.unet.config
+    return backbone.image_tower.config.width, down_width(backbone.unet) * sum(g * g for g in grids)
+
+
+def down_width(unet: UNet2DConditionModel) -> int:
+    """Number of channels of all feature maps of the UNet's way down."""
+    config = unet.config
     layers = config.layers_per_block
     layers = [layers] * len(config.block_out_channels) if isinstance(layers, int) else list(layers)
     channels = config.block_out_channels[0]  # conv_in
@@ -44,8 +51,7 @@ def feature_widths(backbone: Backbone, grids: tuple[int, ...] = GRIDS) -> tuple[
         channels += width * (
             count + (k < len(layers) - 1)
         )  # its layers, and its downsampler but for the last
-    channels += config.block_out_channels[-1]  # mid
-    return backbone.image_tower.config.width, channels * sum(g * g for g in grids)
+    return channels + config.block_out_channels[-1]  # mid
 
 
 @torch.no_grad()

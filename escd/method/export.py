@@ -59,8 +59,8 @@ def export(customization: Customization, folder: str | Path, name: str | None = 
 
     Raises ValueError for a customization learnt with conditioning "cached": its encoder read the attribute's
     plain word, and other programs give one prompt to the whole UNet; likewise for one with an embedding for
-    each layer. Raises OSError when nothing can be
-    written to the folder.
+    each layer, and for one whose pseudo-word is read at each sampling step. Raises OSError when nothing can
+    be written to the folder.
     """
     if (customization.config or {}).get("conditioning") == "cached":
         raise ValueError(
@@ -71,6 +71,11 @@ def export(customization: Customization, folder: str | Path, name: str | None = 
         raise ValueError(
             "this customization has an embedding for each cross-attention layer (P+), and other programs "
             "give one prompt to the whole UNet: learn it with method='textual-inversion' to export it"
+        )
+    if customization.encoder is not None:
+        raise ValueError(
+            "this customization's pseudo-word is read from the latents at each sampling step (E4T), which no "
+            "LoRA and no embedding can carry: learn it with another method, such as method='dreambooth'"
         )
     folder, stem = Path(folder), _stem(customization.attribute.name, name)
     lora, left_behind = _for_diffusers(customization.delta)

@@ -14,14 +14,13 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor, nn
 
 from ..backbone.folder import load_scheduler, write_backbone
 from ..backbone.image_tower import ImageTower
 from ..backbone.layers import encode_layers, is_layered, layered, require_layers
 from ..backbone.model import Backbone
-from ..backbone.prompts import check_prompt, copy_of, cut_off, reader, starred_words
+from ..backbone.prompts import check_prompt, copy_of, cut_off, reader
 from ..backbone.skeleton import own
 from ..files import together
 from ..loading import load_backbone
@@ -33,6 +32,7 @@ from .customization import (
     require_fit,
     save_customizations,
 )
+from .e4t import latent_reader, require_encodable
 from .guidance import scales_of
 from .inputs import (
     negatives_for,
@@ -45,7 +45,18 @@ from .inputs import (
     strengths_by_token,
 )
 from .memory import MemorySaving
-from .sampling import OF_XL, Call, Calls, Group, decoded, denoise, of_call, padded
+from .sampling import (
+    OF_XL,
+    Call,
+    Calls,
+    Group,
+    decoded,
+    denoise,
+    initial_noise,
+    of_call,
+    padded,
+    rows_by_tokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +265,8 @@ class ESCDPipeline(
         texts = {k: [x for x in each for _ in range(num_images_per_prompt)] for k, each in texts.items()}
         scale, count = self.backbone.vae_scale, len(texts["prompt_embeds"])
         shape = (count, self.unet.config.in_channels, height // scale, width // scale)
-        x_T = self._noise(shape, generator, latents, self._execution_device)  # (B, C, h, w)
+        require_generators(generator, count)
+        x_T = initial_noise(shape, generator, latents, self._execution_device, self.unet.dtype)
         active = {t: c.attribute for t, c in self.customizations.items() if strength_of[t] != 0}
         scales = scales_of(texts["prompt_embeds"], active, guidance_scale, self.backbone)
         call = Call(max(scales), guidance_rescale, clip_skip)
@@ -305,7 +317,11 @@ class ESCDPipeline(
         names = list(texts) if call.guidance_scale > 1 else ["prompt_embeds"]
         groups: list[Group] = []
         weights: dict[tuple, Tensor] = {}
-        together = self._rows_of(texts["prompt_embeds"], strength_of, scales)
+
+        def embeds(texts: Mapping, of_prompts: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+            return self._embeds(texts, pseudo_words, call.clip_skip, device, of_prompts)
+
+        together = rows_by_tokens(texts["prompt_embeds"], self.customizations, strength_of, scales)
         for (tokens, guidance_scale), rows in together.items():
             changes = [(self.customizations[token], strength_of[token]) for token in tokens]
             asked = {name: [texts[name][i] for i in rows] for name in names}
@@ -316,9 +332,10 @@ class ESCDPipeline(
                 unet=layered(unet) if is_layered(pseudo_words) else unet,
                 scheduler=scheduler,
                 x_t=x_T[rows] * scheduler.init_noise_sigma,
-                embeds=self._embeds(asked, pseudo_words, call.clip_skip, device),
+                embeds=embeds(asked),
                 generator=[generator[i] for i in rows] if isinstance(generator, list) else generator,
                 guidance_scale=guidance_scale,
+                reader=latent_reader(asked, self.customizations, pseudo_words, strength_of, embeds),
             )
             groups.append(group)
         return groups
@@ -349,6 +366,7 @@ class ESCDPipeline(
         strength_of = strengths_by_token(
             self.customizations.values(), shape_strength, appearance_strength, strengths
         )
+        require_encodable(texts, self.customizations, strength_of)
         device = self._execution_device if device is None else device
         embeds = self._embeds(texts, self._pseudo_words(strength_of), clip_skip, device)
         return embeds["prompt_embeds"], embeds.get("negative_prompt_embeds")
@@ -395,17 +413,6 @@ class ESCDPipeline(
             for token, c in self.customizations.items()
         }
 
-    def _rows_of(
-        self, prompts: list[str] | list[Tensor], strength_of: Mapping[str, float], scales: Sequence[float]
-    ) -> dict[tuple[tuple[str, ...], float], list[int]]:
-        """Pseudo-words that change weights, and guidance -> the rows of the prompts with just these."""
-        changing = [t for t, c in self.customizations.items() if c.delta and strength_of[t] != 0]
-        rows: dict[tuple[tuple[str, ...], float], list[int]] = {}
-        for i, (prompt, scale) in enumerate(zip(prompts, scales, strict=True)):
-            standing = starred_words(prompt) if isinstance(prompt, str) else changing
-            rows.setdefault((tuple(t for t in changing if t in standing), scale), []).append(i)
-        return rows
-
     def _scheduler(self, steps: int, device: torch.device) -> diffusers.SchedulerMixin:
         """The scheduler, set to so many steps, as a copy that a group can count on."""
         with _SCHEDULING:
@@ -418,11 +425,13 @@ class ESCDPipeline(
         pseudo_words: Mapping[str, Tensor],
         clip_skip: int | None,
         device: torch.device | str,
+        of_prompts: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Text conditioning (B, L, D) of texts, or of embeddings given in their place, all equally long."""
 
-        def conditioning(texts: list[str]) -> Tensor:
-            encoded = encode_layers(self.tokenizer, self.text_encoder, texts, pseudo_words, clip_skip)
+        def conditioning(texts: list[str], each: Mapping[str, Tensor] | None = of_prompts) -> Tensor:
+            encoders = (self.tokenizer, self.text_encoder)
+            encoded = encode_layers(*encoders, texts, pseudo_words, clip_skip, each)
             return encoded.to(device, self.unet.dtype)
 
         embeds = {
@@ -432,19 +441,4 @@ class ESCDPipeline(
             for name, each in asked.items()
         }
         require_layers(embeds, pseudo_words, self.tokenizer.model_max_length)
-        return padded(embeds, lambda: conditioning([""]))
-
-    def _noise(
-        self,
-        shape: tuple[int, ...],
-        generator: Generator | list[Generator] | None,
-        latents: Tensor | None,
-        device: torch.device,
-    ) -> Tensor:
-        """Initial noise of this shape: drawn, or the `latents` given in its place."""
-        require_generators(generator, shape[0])
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents are {tuple(latents.shape)}; {shape} are needed")
-        return latents.to(device, self.unet.dtype)
+        return padded(embeds, lambda: conditioning([""], None))

@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from ..backbone.prompts import starred_words
 from .guidance import PLAIN_SCALE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+
+    from .customization import Customization
+    from .e4t import LatentReader
 
 
 # Tensors of Stable Diffusion XL that diffusers' official callbacks cut as they cut the prompts': none here.
@@ -99,9 +104,39 @@ def decoded(vae: AutoencoderKL, latents: Tensor, output_type: str, settings: Map
     return VaeImageProcessor().postprocess(images.clamp(-1, 1), output_type=output_type)
 
 
+def initial_noise(
+    shape: tuple[int, ...],
+    generator: Generator | list[Generator] | None,
+    latents: Tensor | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Initial noise x_T (B, C, h, w) of this shape: drawn, or the `latents` given in its place."""
+    if latents is None:
+        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents are {tuple(latents.shape)}; {shape} are needed")
+    return latents.to(device, dtype)
+
+
+def rows_by_tokens(
+    prompts: Sequence[str | Tensor],
+    customizations: Mapping[str, Customization],
+    strength_of: Mapping[str, float],
+    scales: Sequence[float],
+) -> dict[tuple[tuple[str, ...], float], list[int]]:
+    """The pseudo-words that change weights, and guidance -> the rows of the prompts that have just these."""
+    changing = [t for t, c in customizations.items() if c.delta and strength_of[t] != 0]
+    rows: dict[tuple[tuple[str, ...], float], list[int]] = {}
+    for i, (prompt, scale) in enumerate(zip(prompts, scales, strict=True)):
+        standing = starred_words(prompt) if isinstance(prompt, str) else changing
+        rows.setdefault((tuple(t for t in changing if t in standing), scale), []).append(i)
+    return rows
+
+
 @dataclass
 class Group:
-    """Images of a batch that need the same weights."""
+    """Images of a batch that need the same weights and guidance."""
 
     rows: list[int]  # their places in the batch
     unet: UNet2DConditionModel
@@ -111,6 +146,8 @@ class Group:
     embeds: dict[str, Tensor]
     generator: Generator | list[Generator] | None
     guidance_scale: float
+    # Gives `embeds` anew at each step, where a pseudo-word is read from the latents (E4T).
+    reader: LatentReader | None = None
 
     def step(self, t: Tensor, guidance_rescale: float) -> None:
         """Denoise by one step; all customizations act in one pass of the UNet."""
@@ -119,8 +156,10 @@ class Group:
             names.insert(0, "negative_prompt_embeds")
             if names[0] not in self.embeds:
                 raise ValueError("guidance was turned on by a callback: begin with a guidance_scale above 1")
-        text = torch.cat([self.embeds[name] for name in names])
         x_in = self.scheduler.scale_model_input(torch.cat([self.x_t] * len(names)), t)
+        if self.reader is not None:
+            self.embeds = self.reader(self.unet, x_in[: len(self.x_t)], t)
+        text = torch.cat([self.embeds[name] for name in names])
         # the noise, or the velocity: the scheduler knows which
         predicted = self.unet(x_in, t, encoder_hidden_states=text).sample
         if len(names) == 2:
@@ -140,7 +179,13 @@ class Group:
         tensors |= {"latents": self.x_t, **self.embeds}
         tensors |= callback(pipe, i, t, {name: tensors[name] for name in names if name in tensors}) or {}
         self.x_t = tensors["latents"]
-        self.embeds = {name: _all_rows(tensors[name], old, name) for name, old in self.embeds.items()}
+        embeds = {name: _all_rows(tensors[name], old, name) for name, old in self.embeds.items()}
+        if self.reader and any(not torch.equal(embeds[name], old) for name, old in self.embeds.items()):
+            raise ValueError(
+                "a callback changed the embeddings of prompts with a pseudo-word that is read from the "
+                "latents at each step (E4T): they are computed anew in the next one"
+            )
+        self.embeds = embeds
 
 
 def _all_rows(new: Tensor, old: Tensor, name: str) -> Tensor:

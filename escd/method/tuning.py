@@ -21,6 +21,7 @@ from ..backbone.halves import half_of
 from ..backbone.layers import encode_layers, layered, layers_of
 from ..backbone.model import Backbone
 from ..backbone.parts import NO_PART, parameters_of
+from ..backbone.prompts import encode
 from ..data.images import Source
 from .attributes import Attribute, resolve_attribute
 from .baselines import method_named, start_word
@@ -29,6 +30,7 @@ from .config import LESS_MEMORY, TuningConfig
 from .cost import needs_checkpointing
 from .customization import Customization
 from .delta import Change, Factors, LowRank
+from .e4t import E4TChange, require_pretrained
 from .fusion import pseudo_word
 from .optimizers import Updates, optimizers_for
 from .prior import prior_batches
@@ -89,6 +91,7 @@ def customize(
         if method is not None:
             raise ValueError("config and method were both given: METHODS[method].config makes a config")
         _require_agreement(config, attribute, numbers | {"part": part})
+    require_pretrained(backbone, config)
     trained = _trained_parameters(backbone, config)
     backbone.word_embedding(attribute.word)  # an unusable word is refused before the work
     reference = Reference.open(image, backbone.image_size, mask)
@@ -115,16 +118,18 @@ def customize(
         seed=config.seed,
         config=asdict(config) | {"prompts": list(config.prompts)},  # as a file gives it back
         losses=learnt.losses,
+        encoder=learnt.encoder,
     )
 
 
 @dataclass(frozen=True)
 class Learnt:
-    """The result of the loop: a pseudo-word (D,) or (K, D), the change of the weights, and the losses."""
+    """The result of the loop: a pseudo-word (D,) or (K, D), the weights' change, losses, E4T's encoder."""
 
     pseudo_word: Tensor
     delta: dict[str, Tensor | LowRank] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    encoder: dict[str, Tensor] | None = None
 
 
 def _require_agreement(config: TuningConfig, attribute: Attribute, numbers: dict[str, object]) -> None:
@@ -166,9 +171,11 @@ def _tune(
     """Minimise the loss of Eq. 6 over the pseudo-word and the change of the `trained` parameters."""
     device, dtype = backbone.device, backbone.unet.dtype
     v = _start(backbone, reference, attribute, config)
-    if not config.steps:
+    if not config.steps and not config.needs_e4t:
         return Learnt(v.detach().cpu())
-    change = Change(trained) if config.rank is None else Factors(trained, config.rank, config.seed)
+    change = _change(trained, backbone, reference, config)
+    if not config.steps:
+        return _learnt(v, change, [])
     network = working_copy(backbone.unet, change.before, checkpointing)
     network = layered(network) if config.per_layer else network
     # Prompt dropout is for the weights; the pseudo-word alone does not learn from it.
@@ -194,10 +201,11 @@ def _tune(
                     batch = cache.some(config.batch_size, batches.generator)
                 class_batch = None if prior is None else prior.draw(len(batch.t))
                 both = batch if class_batch is None else batch.joined(class_batch)
-                encoders = (backbone.tokenizer, backbone.text_encoder)
-                text = encode_layers(*encoders, both.prompts, {attribute.token: v}).to(dtype)  # tau(c; v)
-                prediction = predicted(network, change.weights(), both, text, config.conditioning)
+                weights = change.weights()
+                text, penalty = _read(backbone, attribute, both, v, change, network, weights)
+                prediction = predicted(network, weights, both, text.to(dtype), config.conditioning)
                 loss = _loss(prediction, batch, class_batch, batches, config)
+                loss = loss if penalty is None else loss + penalty
                 updates.apply(loss, step)
                 losses.append(loss.item())
                 _require_finite(losses, config)
@@ -213,7 +221,39 @@ def _tune(
         )
     finally:
         bar.close()
-    return Learnt(v.detach().cpu(), change.delta() if losses else {}, losses)
+    return _learnt(v, change, losses)
+
+
+def _change(
+    trained: dict[str, nn.Parameter], backbone: Backbone, reference: Reference, config: TuningConfig
+) -> Change:
+    """What learns beside the pseudo-word."""
+    if config.needs_e4t:
+        return E4TChange(trained, backbone, reference.image, config)
+    return Change(trained) if config.rank is None else Factors(trained, config.rank, config.seed)
+
+
+def _read(
+    backbone: Backbone,
+    attribute: Attribute,
+    batch: NoisedViews,
+    v: Tensor,
+    change: Change,
+    network: nn.Module,
+    weights: dict[str, Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """The text conditioning tau(c; v) of a batch; with E4T's encoder, the penalty of what it read."""
+    encoders = (backbone.tokenizer, backbone.text_encoder)
+    if not isinstance(change, E4TChange) or change.encoder is None:
+        return encode_layers(*encoders, batch.prompts, {attribute.token: v}), None
+    words, penalty = change.read(network, weights, batch.x_t, batch.t, v)
+    return encode(*encoders, batch.prompts, {attribute.token: words}), penalty
+
+
+def _learnt(v: Tensor, change: Change, losses: list[float]) -> Learnt:
+    delta = change.delta() if losses else change.initial_delta()
+    encoder = change.encoder_tensors() if isinstance(change, E4TChange) else None
+    return Learnt(v.detach().cpu(), delta, losses, encoder)
 
 
 def _start(backbone: Backbone, reference: Reference, attribute: Attribute, config: TuningConfig) -> Tensor:

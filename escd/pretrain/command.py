@@ -1,4 +1,4 @@
-"""`python -m escd.pretrain`: train `mini` stage by stage, or filters for another backbone.
+"""`python -m escd.pretrain`: train `mini` stage by stage, E4T's encoder, or filters for another backbone.
 
 A killed training resumes; `accelerate launch` trains on several processes.
 """
@@ -13,6 +13,7 @@ import torch
 
 from .. import paths
 from .autoencoder import LATENT_CHANNELS, MOST_CHANNELS, AutoencoderStage
+from .e4t import E4TStage
 from .filters import FilterStage, images_to_learn_from
 from .loop import Stage, train
 from .towers import TowerStage
@@ -20,6 +21,9 @@ from .unet import UNetStage
 from .words import WordStage
 
 STAGES = {stage.name: stage for stage in (AutoencoderStage, WordStage, TowerStage, UNetStage)}
+# Those that are trained only where they are named: of mini, and of another backbone.
+KNOWN = {**STAGES, E4TStage.name: E4TStage}
+ELSEWHERE = (FilterStage.name, E4TStage.name)
 WEIGHTS = paths.WEIGHTS / "mini"
 FILTERS = paths.RUNS / "filters"
 
@@ -32,14 +36,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     arguments = parser.parse_args(argv)
     filters = arguments.stages == [FilterStage.name]
-    if problem := _problem(arguments, filters):
+    elsewhere = filters or (arguments.stages == [E4TStage.name] and arguments.data is not None)
+    if problem := _problem(arguments, elsewhere):
         parser.error(problem)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    default = FILTERS / Path(arguments.backbone).name if filters else WEIGHTS
+    default = FILTERS / Path(arguments.backbone).name if elsewhere else WEIGHTS
     weights = arguments.weights or default
     try:
-        if filters:
+        if elsewhere:
             images_to_learn_from(arguments.data)  # an error before the backbone is loaded
         weights.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -48,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in arguments.stages or STAGES:
         train(makers[name], weights=weights, **{option: getattr(arguments, option) for option in OPTIONS})
         print(f"{name}: weights in {weights}")
-    if filters:
+    if elsewhere:
         print(f"escd.load_backbone({arguments.backbone!r}, filters={str(weights)!r}) takes them")
 
 
@@ -58,13 +63,15 @@ def _parser() -> argparse.ArgumentParser:
         "stages",
         nargs="*",
         metavar="STAGE",
-        help=f"some of {', '.join(STAGES)} (default: all, in this order); or filters, for another backbone, "
-        "from a folder of images",
+        help=f"some of {', '.join(STAGES)} (default: all, in this order), and e4t, for the method of that "
+        "name; or, for another backbone and from a folder of images, filters or e4t alone",
     )
     parser.add_argument(
-        "--backbone", default="sd15", help="for filters: sd15, a folder or a hub id (default: sd15)"
+        "--backbone", default="sd15", help="with --data: sd15, a folder or a hub id (default: sd15)"
     )
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="for filters: training images")
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="for filters, or e4t of another backbone: training images"
+    )
     parser.add_argument("--images", type=int, help="training images in all (default: the recipe's)")
     parser.add_argument("--learning-rate", type=float, help="its peak (default: the recipe's)")
     parser.add_argument(
@@ -73,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--weights",
         type=Path,
-        help=f"where to export (default: the package's own weights; of filters: {FILTERS}/BACKBONE)",
+        help=f"where to export (default: the package's own weights; with --data: {FILTERS}/BACKBONE)",
     )
     parser.add_argument(
         "--compile",
@@ -95,15 +102,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _problem(arguments: argparse.Namespace, filters: bool) -> str | None:
+def _problem(arguments: argparse.Namespace, elsewhere: bool) -> str | None:
     """What is wrong with the arguments, in a line; None where nothing is."""
     stages = arguments.stages or list(STAGES)
-    unknown = [name for name in stages if name not in STAGES and not filters]
-    fixed = [name for name in stages if not filters and name in STAGES and not hasattr(STAGES[name], "load")]
+    unknown = [name for name in stages if name not in KNOWN and not elsewhere]
+    fixed = [name for name in stages if name in STAGES and not hasattr(STAGES[name], "load")]
     checks = (
-        (filters and arguments.data is None, "filters learn from images: --data FOLDER"),
-        (not filters and arguments.data is not None, "--data is for the stage filters, which runs alone"),
-        (unknown, f"unknown stage {''.join(unknown[:1])!r}; known: {', '.join(STAGES)}"),
+        (elsewhere and arguments.data is None, "filters learn from images: --data FOLDER"),
+        (
+            not elsewhere and arguments.data is not None,
+            f"--data is for {' or '.join(ELSEWHERE)}, which runs alone then",
+        ),
+        (unknown, f"unknown stage {''.join(unknown[:1])!r}; known: {', '.join(KNOWN)}"),
         (arguments.images is not None and arguments.images < 1, "--images must be positive"),
         (arguments.batch_size is not None and arguments.batch_size < 1, "--batch-size must be positive"),
         (
@@ -130,8 +140,10 @@ def _problem(arguments: argparse.Namespace, filters: bool) -> str | None:
 def _makers(arguments: argparse.Namespace, weights: Path) -> dict[str, Callable[[torch.device], Stage]]:
     """How each stage is made on a device."""
     makers: dict[str, Callable[[torch.device], Stage]] = {
-        name: lambda device, stage=stage: stage(device, weights) for name, stage in STAGES.items()
+        name: lambda device, stage=stage: stage(device, weights) for name, stage in KNOWN.items()
     }
     makers[AutoencoderStage.name] = lambda device: AutoencoderStage(device, weights, arguments.latents)
     makers[FilterStage.name] = lambda device: FilterStage(device, arguments.backbone, arguments.data)
+    if arguments.data is not None:
+        makers[E4TStage.name] = lambda device: E4TStage(device, arguments.backbone, arguments.data)
     return makers

@@ -14,21 +14,13 @@ from escd.backbone.layers import coarse_layers, encode_layers, layered, layers_o
 from escd.backbone.parts import names_of
 from escd.backbone.prompts import rare_word
 from escd.commands import main
-from escd.method import step, tuning
 from escd.method.baselines import METHODS, TEMPLATES
 from escd.method.config import TuningConfig
 from escd.method.export import export
 from escd.method.mixing import mix_layers
-from escd.method.optimizers import Updates
 from escd.method.prior import prior_batches
 
 RATE = 1e-3
-
-
-@pytest.fixture
-def picture(backbone):
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(3, backbone.image_size, backbone.image_size, generator=generator) * 2 - 1
 
 
 def quick(method, backbone, attribute="shape", **changes):
@@ -36,33 +28,6 @@ def quick(method, backbone, attribute="shape", **changes):
     config = METHODS[method].config(attribute, backbone, steps=1)
     few = {"prior_images": 4} if config.prior_images else {}
     return replace(config, **few | changes)
-
-
-@pytest.fixture
-def one_step(backbone, picture, monkeypatch):
-    """Runs one step in float32; returns its batches as drawn, its gradients by optimiser order, its loss."""
-
-    def run(config):
-        drawn, gradients = [], []
-        draw, apply = tuning.Batches.draw, Updates.apply
-
-        def keep(self, count):
-            drawn.append(draw(self, count))
-            return drawn[-1]
-
-        def read(self, loss, number):
-            learning = [p for group in self.groups for p in group["params"]]
-            gradients.extend(torch.autograd.grad(loss, learning, retain_graph=True))
-            apply(self, loss, number)
-
-        monkeypatch.setattr(tuning.Batches, "draw", keep)
-        monkeypatch.setattr(Updates, "apply", read)
-        monkeypatch.setattr(step, "autocast_dtype", lambda *_: None)
-        monkeypatch.setattr(tuning, "autocast_dtype", lambda *_: None)
-        learnt = escd.customize(picture, config.attribute, backbone, config=config, progress=False)
-        return drawn, gradients, learnt
-
-    return run
 
 
 def published(backbone, drawn, weights, v, prior_weight=1.0):
