@@ -26,7 +26,7 @@ from ..backbone.parts import NO_PART, parameters_of
 from ..backbone.prompts import encode_ids, table_of
 from ..backbone.skeleton import hooked
 from .config import LESS_MEMORY, TuningConfig
-from .e4t import latent_features, offset_shapes
+from .e4t import latent_features, offset_shapes, pretrained_on
 from .low_rank import factor_numbers
 from .step import NoisedViews, autocast_dtype, fast_arithmetic, predicted
 
@@ -124,7 +124,7 @@ def tuning_cost(backbone: Backbone, config: TuningConfig, *, checkpointing: bool
     if config.rank is not None:  # the weights they change are made anew in each step, and differentiated
         learning += sum(2 * WEIGHT * p.numel() for p in trained.values())
     if config.needs_e4t:  # AdamW has what was pretrained too; the weights with an offset are made anew
-        learning += WEIGHT * (2 + 2) * sum(p.numel() for p in backbone.e4t.parameters())
+        learning += WEIGHT * (2 + 2) * sum(p.numel() for p in pretrained_on(backbone).parameters())
         learning += sum(2 * WEIGHT * math.prod(shape) for shape in offset_shapes(unet).values())
     learns_word = config.learn_word or config.latent_encoder
     read = count * layers if learns_word else 0  # prompts whose gradient is kept

@@ -162,8 +162,12 @@ def require_same_layout(e4t: E4T, backbone: Backbone, where: object) -> None:
 
 def require_pretrained(backbone: Backbone, config: TuningConfig) -> None:
     """Raise ValueError where E4T is to be tuned on a backbone without pretrained encoder and offsets."""
-    if not config.needs_e4t:
-        return
+    if config.needs_e4t:
+        pretrained_on(backbone)
+
+
+def pretrained_on(backbone: Backbone) -> E4T:
+    """What E4T pretrained on this backbone; ValueError, with what to run, where there is nothing."""
     command = (
         "`python -m escd.pretrain e4t` trains them for mini (--weights FOLDER: for another training of it); "
         "for any other backbone `python -m escd.pretrain e4t --backbone NAME --data FOLDER` does, from a "
@@ -180,6 +184,7 @@ def require_pretrained(backbone: Backbone, config: TuningConfig) -> None:
             f"the E4T encoder of {backbone.name} was pretrained on other weights of it ({trained}, and these "
             f"are {backbone.identity_without_filters}): {command}"
         )
+    return backbone.e4t
 
 
 def latent_features(
@@ -207,41 +212,39 @@ class E4TChange(Change):
     ) -> None:
         """image: the reference (3, H, W), whose CLS token the encoder reads."""
         super().__init__(trained)
-        e4t = copy.deepcopy(backbone.e4t).float().requires_grad_(True)
-        self.e4t = e4t if config.weight_offsets else None
-        self.encoder = e4t.encoder if config.latent_encoder else None
+        self.e4t = copy.deepcopy(pretrained_on(backbone)).float().requires_grad_(True)
+        self.reads, self.offsets = config.latent_encoder, config.weight_offsets
         self.penalty = config.offset_penalty
         with torch.no_grad():
             self.cls = backbone.image_tower(image[None].to(backbone.device)).float()  # (1, C)
             self.empty = backbone.encode_prompt([""]).to(backbone.unet.dtype)
 
     def parameters(self) -> list[Tensor]:
-        modules = (self.encoder, None if self.e4t is None else self.e4t.offsets)
-        learnt = [p for module in modules if module is not None for p in module.parameters()]
-        return [*super().parameters(), *learnt]
+        read = self.e4t.encoder.parameters() if self.reads else ()
+        return [*super().parameters(), *read, *(self.e4t.offsets.parameters() if self.offsets else ())]
 
     def weights(self) -> dict[str, Tensor]:
         weights = super().weights()
-        return weights if self.e4t is None else weights | self.e4t.offset(weights)
+        return weights | self.e4t.offset(weights) if self.offsets else weights
 
     def initial_delta(self) -> dict[str, Tensor | LowRank]:
         """The pretrained offsets as a change of the weights."""
-        names = {} if self.e4t is None else self.e4t.config.shapes
-        return {name: w for name, w in self.delta().items() if name in names}
+        names = self.e4t.config.shapes
+        return {name: w for name, w in self.delta().items() if name in names} if self.offsets else {}
 
     def read(
         self, unet: UNet2DConditionModel, weights: Mapping[str, Tensor], x_t: Tensor, t: Tensor, word: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Pseudo-words (B, D) of noised latents x_t at time steps t, and the penalty of their offsets."""
         features = latent_features(unet, weights, x_t, t, self.empty)
-        offset = self.encoder(self.cls.expand(len(features), -1), features)
+        offset = self.e4t.encoder(self.cls.expand(len(features), -1), features)
         return word + offset, self.penalty * squared_length(offset)
 
     def encoder_tensors(self) -> dict[str, Tensor] | None:
         """The encoder in half precision on the CPU, with the reference's CLS token, as stored."""
-        if self.encoder is None:
+        if not self.reads:
             return None
-        tensors = self.encoder.state_dict() | {CLS: self.cls[0]}
+        tensors = self.e4t.encoder.state_dict() | {CLS: self.cls[0]}
         return {name: w.detach().half().cpu() for name, w in tensors.items()}
 
 
@@ -302,10 +305,10 @@ def latent_reader(
     """
     reading = _read_in(customizations, strength_of)
     if reading and any(isinstance(prompt, Tensor) for prompt in asked["prompt_embeds"]):
-        raise ValueError(_read_anew(reading[0]))
+        raise ValueError(_read_anew(next(iter(reading))))
     words = {
-        token: Read.of(customizations[token].encoder, pseudo_words[token], strength_of[token])
-        for token in reading
+        token: Read.of(encoder, pseudo_words[token], strength_of[token])
+        for token, encoder in reading.items()
         if _holds(asked, token)
     }
     if not words:
@@ -322,9 +325,15 @@ def require_encodable(
             raise ValueError(_read_anew(token))
 
 
-def _read_in(customizations: Mapping[str, Customization], strength_of: Mapping[str, float]) -> list[str]:
-    """The pseudo-words in force that are read from the latents."""
-    return [t for t, c in customizations.items() if c.encoder is not None and strength_of[t] != 0]
+def _read_in(
+    customizations: Mapping[str, Customization], strength_of: Mapping[str, float]
+) -> dict[str, dict[str, Tensor]]:
+    """The pseudo-words in force that are read from the latents, and the tensors of their encoders."""
+    return {
+        token: customization.encoder
+        for token, customization in customizations.items()
+        if customization.encoder is not None and strength_of[token] != 0
+    }
 
 
 def _holds(texts: Texts, token: str) -> bool:

@@ -244,7 +244,7 @@ def _read(
 ) -> tuple[Tensor, Tensor | None]:
     """The text conditioning tau(c; v) of a batch; with E4T's encoder, the penalty of what it read."""
     encoders = (backbone.tokenizer, backbone.text_encoder)
-    if not isinstance(change, E4TChange) or change.encoder is None:
+    if not isinstance(change, E4TChange) or not change.reads:
         return encode_layers(*encoders, batch.prompts, {attribute.token: v}), None
     words, penalty = change.read(network, weights, batch.x_t, batch.t, v)
     return encode(*encoders, batch.prompts, {attribute.token: words}), penalty
