@@ -33,6 +33,7 @@ from .fusion import pseudo_word
 from .optimizers import Updates, optimizers_for
 from .prior import prior_batches
 from .reference import Reference
+from .snapshots import Snapshots
 from .step import HALVES, NoisedViews, autocast_dtype, fast_arithmetic, predicted, read_ahead, working_copy
 
 # Called with the number of steps done and the last loss; True ends the tuning.
@@ -58,6 +59,7 @@ def customize(
     config: TuningConfig | None = None,
     method: str | None = None,
     keep_interrupted: bool = True,
+    snapshots: Snapshots | None = None,
 ) -> Customization:
     """Learn one attribute of one image: a pseudo-word, and the change of one part of the UNet (paper, Eq. 6).
 
@@ -75,12 +77,15 @@ def customize(
     keeping them (Chen et al. 2016): the same result for a fraction of the memory and about a third more
     time; None does so where a GPU's memory would not do otherwise (`escd.method.cost`). config: all of these
     numbers at once, from `TuningConfig.of`. method: a published one of
-    `escd.method.baselines.METHODS`, such as "dreambooth"; None is "escd". The backbone itself is not changed.
+    `escd.method.baselines.METHODS`, such as "dreambooth"; None is "escd". snapshots: takes customizations
+    after some of the steps. The backbone itself is not changed.
 
     Raises ValueError or TypeError for an unknown attribute, method or part, for bad numbers and for a number
     that contradicts `config` or `method`, ImportError for "adamw8bit" without bitsandbytes, and what
     `open_image` raises.
     """
+    snapshots = Snapshots(()) if snapshots is None else snapshots
+    snapshots.begin()
     attribute = resolve_attribute(attribute)
     numbers = {"steps": steps, "seed": seed, "learning_rate": learning_rate, "rank": rank}
     if config is None:
@@ -89,6 +94,7 @@ def customize(
         if method is not None:
             raise ValueError("config and method were both given: METHODS[method].config makes a config")
         _require_agreement(config, attribute, numbers | {"part": part})
+    snapshots.require(config)
     trained = _trained_parameters(backbone, config)
     backbone.word_embedding(attribute.word)  # an unusable word is refused before the work
     reference = Reference.open(image, backbone.image_size, mask)
@@ -96,26 +102,30 @@ def customize(
         reference.warn_without_silhouette(config.recipe)
     if checkpointing is None:
         checkpointing = config.steps > 0 and needs_checkpointing(backbone, config)
+
+    def made(learnt: Learnt) -> Customization:
+        return Customization(
+            attribute=attribute,
+            pseudo_word=learnt.pseudo_word,
+            delta=learnt.delta,
+            part=config.part,
+            backbone_identity=backbone.identity_without_filters,
+            backbone_name=backbone.name,
+            steps=len(learnt.losses),
+            seed=config.seed,
+            config=asdict(config) | {"prompts": list(config.prompts)},  # as a file gives it back
+            losses=learnt.losses,
+        )
+
     try:
         learnt = _tune(
             backbone, attribute, reference, config, trained,
             checkpointing=checkpointing, callback=callback, progress=progress,
-            keep_interrupted=keep_interrupted,
+            keep_interrupted=keep_interrupted, snapshots=snapshots, made=made,
         )  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"the GPU's memory is full: {LESS_MEMORY}") from error
-    return Customization(
-        attribute=attribute,
-        pseudo_word=learnt.pseudo_word,
-        delta=learnt.delta,
-        part=config.part,
-        backbone_identity=backbone.identity_without_filters,
-        backbone_name=backbone.name,
-        steps=len(learnt.losses),
-        seed=config.seed,
-        config=asdict(config) | {"prompts": list(config.prompts)},  # as a file gives it back
-        losses=learnt.losses,
-    )
+    return made(learnt)
 
 
 @dataclass(frozen=True)
@@ -162,13 +172,21 @@ def _tune(
     callback: Callback | None,
     progress: bool,
     keep_interrupted: bool,
+    snapshots: Snapshots,
+    made: Callable[[Learnt], Customization],
 ) -> Learnt:
     """Minimise the loss of Eq. 6 over the pseudo-word and the change of the `trained` parameters."""
     device, dtype = backbone.device, backbone.unet.dtype
     v = _start(backbone, reference, attribute, config)
-    if not config.steps:
-        return Learnt(v.detach().cpu())
     change = Change(trained) if config.rank is None else Factors(trained, config.rank, config.seed)
+    losses: list[float] = []
+
+    def taken() -> Customization:
+        return made(_learnt(v, change, losses))
+
+    snapshots.take(0, taken)
+    if not config.steps:
+        return _learnt(v, change, losses)
     network = working_copy(backbone.unet, change.before, checkpointing)
     network = layered(network) if config.per_layer else network
     # Prompt dropout is for the weights; the pseudo-word alone does not learn from it.
@@ -178,8 +196,8 @@ def _tune(
     # Gradients too small for float16 are scaled up in the backward pass.
     scaled = autocast_dtype(device, dtype) is torch.float16
     updates = Updates(optimizers_for(v, change, config, fused=backbone.large), config, device.type, scaled)
-    prior = prior_batches(backbone, config, progress)
-    losses: list[float] = []
+    with snapshots.prior():
+        prior = prior_batches(backbone, config, progress)
     description = f"{attribute.name} ({config.part})"
     bar = tqdm(range(config.steps), desc=description, unit="step", disable=not progress)
     try:
@@ -201,6 +219,7 @@ def _tune(
                 updates.apply(loss, step)
                 losses.append(loss.item())
                 _require_finite(losses, config)
+                snapshots.take(step + 1, taken)
                 bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}", refresh=False)
                 if callback is not None and callback(step + 1, losses[-1]):
                     break
@@ -213,6 +232,11 @@ def _tune(
         )
     finally:
         bar.close()
+    return _learnt(v, change, losses)
+
+
+def _learnt(v: Tensor, change: Change, losses: list[float]) -> Learnt:
+    """What the loop has learnt so far; `v` and `losses` are the loop's own."""
     return Learnt(v.detach().cpu(), change.delta() if losses else {}, losses)
 
 
