@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from .. import records
 from ..evaluation import method_tables
 from ..evaluation.configs import StudyConfig
-from ..evaluation.formats import decimals, percent, signed
+from ..evaluation.formats import MISSING, decimals, markdown_table, percent, signed
 from ..evaluation.method_configs import MethodConfig, MethodPairConfig, runnable
 from ..evaluation.method_tables import LABELS, NAMES, Methods, compared
 from ..evaluation.prompts import prompts_for
@@ -194,6 +194,38 @@ def methods_examples(reference: str | None = None) -> Drawing:
         rows, row_labels=labels, column_labels=heads, column_gaps=(0, EXAMPLES), label_width=1.2
     )
     return drawing.made_from(used)
+
+
+def methods_at_size() -> dict[str, dict[str, dict[str, float]]]:
+    """By method and attribute what `benchmarks/sd15_size.py --methods` measured last; empty without it."""
+    stored = [r for r in records.all("size") if r.config["size"] == "sd15" and "methods" in r.metrics]
+    return stored[-1].metrics["methods"] if stored else {}
+
+
+def methods_at_size_in_words() -> list[str]:
+    """The README's lines on the methods at Stable Diffusion's size; none where they are not measured."""
+    rows = []
+    for name, by_attribute in methods_at_size().items():
+        for attribute, took in by_attribute.items():
+            images = (
+                f"{took['prior_images']:.0f}, {took['prior_seconds']:.0f} s" if took["prior_images"] else ""
+            )
+            rows.append([
+                NAMES.get(name, name), attribute, f"{took['steps']:.0f}", f"{took['batch']:.0f}",
+                decimals(took["step_seconds"], 1), decimals(took["tuning_seconds"], 0), images or MISSING,
+                decimals((took["operations"] + took["prior_operations"]) / 1e15),
+                decimals(took["sampling_passes"]), decimals(took["memory_gb"], 1),
+                decimals(took["file_mb"], 1),
+            ])  # fmt: skip
+    if not rows:
+        return []
+    heads = ["method", "attribute", "steps", "batch", "s a step", "s in all", "class images",
+             "10^15 operations", "passes a sampling step", "memory, GB", "MB"]  # fmt: skip
+    title = (
+        "Cost of each method at that size with its published batch, steps and class images (time of a step "
+        "measured over a few of them, of class images on one; memory and operations counted):"
+    )
+    return ["", title, "", markdown_table(heads, rows)]
 
 
 @figure("02_probing_study", missing)

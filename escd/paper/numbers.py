@@ -23,7 +23,7 @@ from ..files import write_text
 from ..method.attributes import ATTRIBUTES
 from ..pretrain import ablation, trials
 from ..pretrain.autoencoder import LATENT_CHANNELS
-from .methods import method_numbers, methods_in_latex, methods_in_words
+from .methods import method_numbers, methods_at_size_in_words, methods_in_latex, methods_in_words
 from .results import (
     STEPS_OF,
     alike,
@@ -309,5 +309,6 @@ def _summary(values: Mapping[str, str]) -> str:
         *methods_in_words(),
         *_size_in_words(v),
         *_steps_in_words(),
+        *methods_at_size_in_words(),
     ]
     return "\n".join(lines)

@@ -88,18 +88,18 @@ def stored_images(config: SheetConfig | ProcessConfig) -> tuple[Record, list[np.
 
 def drawable(config: SheetConfig | ProcessConfig) -> bool:
     """Whether the images of a config are stored, or need no tuning because all it shows is kept."""
-    try:
-        records.get(config, inputs=_inputs(config))
-    except KeyError:
-        return all(
-            study().knows(
-                name, load_references(which=config.list)[reference], getattr(config, f"{name}_tuning"),
-                config.backbone,
-            )
-            for name in ATTRIBUTES
-            if (reference := getattr(config, name, None)) is not None
-        )  # fmt: skip
-    return True
+    if not records.missing([config], _inputs):
+        return True
+    return all(
+        study().knows(
+            name,
+            load_references(which=config.list)[reference],
+            getattr(config, f"{name}_tuning"),
+            config.backbone,
+        )
+        for name in ATTRIBUTES
+        if (reference := getattr(config, name, None)) is not None
+    )
 
 
 def _inputs(config: SheetConfig | ProcessConfig) -> dict[str, str]:
