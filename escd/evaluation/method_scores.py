@@ -5,26 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..backbone.model import Backbone
 from ..method.config import TuningConfig
 from ..method.cost import tuning_cost
+from ..method.customization import Customization
 from ..method.mixing import mix_layers
 from ..method.pipeline import ESCDPipeline
 from ..method.snapshots import Snapshot, Snapshots
 from ..method.tuning import customize
 from . import kept
+from .judges import Judges
 from .method_configs import MIXED, MethodConfig, MethodPairConfig
 from .prompts import prompts_for, prompts_for_pair
-from .references import Reference
+from .references import Reference, References
 from .scores import quiet, score_customization
 
-if TYPE_CHECKING:
-    from .study import Study
+
+class Loaded(Protocol):
+    """What `study.Study` has loaded, and the customizations that it keeps."""
+
+    def backbone(self, name: str) -> Backbone: ...
+
+    def weights(self, name: str) -> str: ...
+
+    def judges(self) -> Judges: ...
+
+    def references(self, name: str) -> References: ...
+
+    def learn(
+        self, attribute: str, reference: Reference, tuning: TuningConfig, backbone: str
+    ) -> Customization: ...
 
 
-def score_curve(study: Study, config: MethodConfig, folder: Path) -> dict[str, Any]:
+def score_curve(study: Loaded, config: MethodConfig, folder: Path) -> dict[str, Any]:
     """Scores after each budget, in "curve", with the seconds of tuning until then and the size.
 
     Seconds begin with the reference and end with the last step; nothing that scores is counted, and the
@@ -80,7 +95,7 @@ def _longest(config: MethodConfig) -> TuningConfig:
     return replace(config.tuning, steps=max(1, config.budgets[-1]))
 
 
-def score_pair(study: Study, config: MethodPairConfig) -> dict[str, Any]:
+def score_pair(study: Loaded, config: MethodPairConfig) -> dict[str, Any]:
     """Scores of images that combine the method's results on two references (`MethodPairConfig.way`).
 
     All methods have the same prompts. P+ mixes its embeddings into one pseudo-word, the shape's, so `*a` is

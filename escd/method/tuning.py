@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -102,21 +103,7 @@ def customize(
         reference.warn_without_silhouette(config.recipe)
     if checkpointing is None:
         checkpointing = config.steps > 0 and needs_checkpointing(backbone, config)
-
-    def made(learnt: Learnt) -> Customization:
-        return Customization(
-            attribute=attribute,
-            pseudo_word=learnt.pseudo_word,
-            delta=learnt.delta,
-            part=config.part,
-            backbone_identity=backbone.identity_without_filters,
-            backbone_name=backbone.name,
-            steps=len(learnt.losses),
-            seed=config.seed,
-            config=asdict(config) | {"prompts": list(config.prompts)},  # as a file gives it back
-            losses=learnt.losses,
-        )
-
+    made = partial(_customization, attribute=attribute, backbone=backbone, config=config)
     try:
         learnt = _tune(
             backbone, attribute, reference, config, trained,
@@ -135,6 +122,23 @@ class Learnt:
     pseudo_word: Tensor
     delta: dict[str, Tensor | LowRank] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+
+
+def _customization(
+    learnt: Learnt, attribute: Attribute, backbone: Backbone, config: TuningConfig
+) -> Customization:
+    return Customization(
+        attribute=attribute,
+        pseudo_word=learnt.pseudo_word,
+        delta=learnt.delta,
+        part=config.part,
+        backbone_identity=backbone.identity_without_filters,
+        backbone_name=backbone.name,
+        steps=len(learnt.losses),
+        seed=config.seed,
+        config=asdict(config) | {"prompts": list(config.prompts)},  # as a file gives it back
+        losses=learnt.losses,
+    )
 
 
 def _require_agreement(config: TuningConfig, attribute: Attribute, numbers: dict[str, object]) -> None:
