@@ -103,7 +103,7 @@ class Method:
         if backbone is not None and backbone.large:
             settings |= self.large
         elif self.part is not None and not before_grid:
-            settings |= chosen_rates().get(self.name, {}).get(attribute.recipe, {})
+            settings |= chosen_rates().get(self.name, {}).get(attribute.recipe or "", {})
         return TuningConfig.of(attribute, fixed["part"], backbone, **settings | given)
 
     def _rates(self, attribute: Attribute, backbone: Backbone | None) -> dict[str, object]:

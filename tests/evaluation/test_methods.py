@@ -110,6 +110,8 @@ def test_what_was_kept_is_what_a_run_of_that_length_learns(made, backbone, liste
     config = quick("p-plus", backbone, listed[0])
     made.score(config)
     one = replace(config.tuning, steps=1)
+    assert made.knows("shape", listed[0], one, "tiny")
+    assert not made.knows("shape", listed[0], replace(one, steps=3), "tiny")
     learnt = made.learn("shape", listed[0], one, "tiny")
     assert made.learnt["shape"]["kept"]
     again = escd.customize(listed[0].image, "shape", backbone, config=one, progress=False)
