@@ -13,6 +13,7 @@ from ..backbone.model import Backbone
 from ..method.attributes import ATTRIBUTES
 from ..method.baselines import METHODS
 from ..method.config import TuningConfig
+from ..method.guidance import default_scale
 from .configs import ListConfig, StudyConfig
 from .references import References
 
@@ -97,7 +98,7 @@ WAYS = {
 
 def shared(config: ListConfig) -> dict[str, object]:
     """The fields that a run shares with the runs that it is compared with."""
-    names = ("list", "backbone", "seed", "sampler_steps", "guidance_scale")
+    names = ("list", "backbone", "seed", "sampler_steps", "guidance_scale", "guidance_rescale")
     return {name: getattr(config, name) for name in names}
 
 
@@ -142,12 +143,14 @@ def method_configs(
         }
         for reference, following in zip(listed, [*[*listed][1:], listed[0]], strict=True):
             for attribute in ATTRIBUTES:
+                common["guidance_scale"] = default_scale([attribute], backbone)
                 grid.append(StudyConfig(attribute, reference.id, "floor", **common))
                 for method in methods:
                     tuning = tunings[method, attribute]
                     budgets = budgets_of(method, tuning.steps)
                     grid.append(MethodConfig(method, attribute, reference.id, tuning, budgets, **common))
             if len(listed) > 1:
+                common["guidance_scale"] = default_scale(ATTRIBUTES, backbone)
                 pairs += [
                     MethodPairConfig(
                         method, reference.id, following.id,
@@ -173,6 +176,7 @@ def grid_configs(
                         MethodConfig(
                             method, attribute, reference.id, scaled(tuning, factor), budgets, factor,
                             list=listed.name, backbone=name,
+                            guidance_scale=default_scale([attribute], backbone),
                         )
                     )  # fmt: skip
     return grid

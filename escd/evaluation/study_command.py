@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         listed = replace(listed, references=listed.references[: arguments.references])
     compared = arguments.methods or arguments.method_grid
     grid = method_grid_of(study, listed, arguments) if compared else grid_of(listed, arguments)
-    if state.is_main_process:
-        missing = records.missing(grid, study.inputs, folder=stored)
-        seconds = estimate.seconds(missing, study.device, stored)
-        print(estimate.in_words(len(missing), len(grid), *seconds, state.num_processes), file=sys.stderr)
-    mine = shard(grid, state.process_index, state.num_processes)
-    for config in tqdm(mine, unit="run", disable=not state.is_local_main_process):
-        study.run(config, stored)
-    state.wait_for_everyone()
+    run_missing(study, grid, stored)
     if state.is_main_process:
         results = (records.get(c, folder=stored, inputs=study.inputs(c)) for c in grid)
         if arguments.method_grid:
@@ -67,6 +61,22 @@ def main(argv: list[str] | None = None) -> None:
             print(real_tables.markdown(real_tables.real_tables(results)))
         else:
             print(tables.show(tables.table(results)))
+
+
+def run_missing(study: Study, grid: Sequence[Any], stored: Path) -> None:
+    """Make the records of a grid that `stored` lacks, shared out among the processes of `accelerate launch`.
+
+    Says on stderr how many are missing and how long they take; returns when all processes are done.
+    """
+    state = PartialState()
+    if state.is_main_process:
+        missing = records.missing(grid, study.inputs, folder=stored)
+        seconds = estimate.seconds(missing, study.device, stored)
+        print(estimate.in_words(len(missing), len(grid), *seconds, state.num_processes), file=sys.stderr)
+    mine = shard(grid, state.process_index, state.num_processes)
+    for config in tqdm(mine, unit="run", disable=not state.is_local_main_process):
+        study.run(config, stored)
+    state.wait_for_everyone()
 
 
 def grid_of(listed: References, arguments: argparse.Namespace) -> list[Any]:
