@@ -96,17 +96,15 @@ def test_the_methods_at_a_size(capsys, monkeypatch, tmp_path):
     config = size["SizeConfig"](size="small", pixels=64, steps=1)
     backbone = size["random_backbone"](config, torch.device("cpu"))
     image = torch.zeros(3, 64, 64)
-    took = {
-        name: size["method_at"](name, "appearance", image, backbone, config)
-        for name in ("escd", "dreambooth", "p-plus")
-    }
-    booth, plus = took["dreambooth"], took["p-plus"]
+    booth, plus = (
+        size["method_at"](name, "appearance", image, backbone, config) for name in ("dreambooth", "p-plus")
+    )
     assert booth["prior_images"] == 200 and booth["prior_seconds"] > 0 == plus["prior_seconds"]
     assert booth["tuning_seconds"] == booth["step_seconds"] * booth["steps"]
     assert booth["prior_operations"] > 0 == plus["prior_operations"]
-    assert [each["sampling_passes"] for each in took.values()] == pytest.approx([1, 1, 1], abs=0.01)
-    assert booth["file_mb"] > took["escd"]["file_mb"] > plus["file_mb"]
-    assert capsys.readouterr().out.count("class images in") == 3
+    assert [each["sampling_passes"] for each in (booth, plus)] == pytest.approx([1, 1], abs=0.01)
+    assert booth["file_mb"] > plus["file_mb"] > 0
+    assert capsys.readouterr().out.count("class images in") == 2
 
 
 def test_tuning_cost(capsys, monkeypatch, tmp_path):
