@@ -44,6 +44,7 @@ def test_an_unguided_step_is_half_of_it(backbone):
 
 def _one_pass(backbone):
     x_t, t = torch.zeros(1, *backbone.latent_shape), torch.tensor([1])
+    text = backbone.encode_prompt("a shape")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        backbone.unet(x_t, t, encoder_hidden_states=backbone.encode_prompt("a shape"))
+        backbone.unet(x_t, t, encoder_hidden_states=text)
     return counter.get_total_flops()
