@@ -40,8 +40,11 @@ test: .venv/installed
 study: .venv/installed
 	workers=$${WORKERS:-$$($(PY) -c 'import os, torch; print(torch.cuda.device_count() or os.cpu_count())')}; \
 	if [ "$$workers" -gt 1 ]; then several=--multi_gpu; fi; \
-	$(PY) -m accelerate.commands.launch $$several --num_processes "$$workers" --num_machines 1 \
-		--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1 -m escd.study --ranks --alike
+	for what in "--ranks --alike" --methods; do \
+		$(PY) -m accelerate.commands.launch $$several --num_processes "$$workers" --num_machines 1 \
+			--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 1 \
+			-m escd.study $$what || exit; \
+	done
 
 pretrain: .venv/installed
 	$(PY) -m escd.pretrain

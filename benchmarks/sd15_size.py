@@ -2,17 +2,21 @@
 
 Time and memory do not depend on the weights, so they can be measured where the pretrained ones cannot be had:
 a shape and an appearance are customised for a few steps, saved, loaded and drawn. Every stage's seconds and
-the most memory the process has had until then are printed; `--records FOLDER` keeps them there.
+the most memory the process has had until then are printed; `--records FOLDER` keeps them there. `--methods`
+adds the published methods, each with its own batch and class images: a few steps and one class image are
+measured, and multiplied by its numbers of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,14 @@ from escd.backbone.image_tower import ImageTower
 from escd.backbone.model import Backbone
 from escd.backbone.parts import parameters_of
 from escd.evaluation.configs import RANKS
+from escd.evaluation.method_configs import runnable
+from escd.method.baselines import METHODS
 from escd.method.config import TuningConfig
+from escd.method.cost import tuning_cost
+from escd.method.e4t import E4T
 from escd.method.low_rank import megabytes_at
+from escd.method.method_cost import prior_operations, sampling_passes
+from escd.method.snapshots import Snapshots
 
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {
@@ -76,6 +86,8 @@ class SizeConfig:
     # Differently augmented views, encoded before the first step; the recipe has more of them.
     views: int = 8
     seed: int = 0
+    # Also the published methods.
+    methods: bool = False
 
 
 def random_backbone(config: SizeConfig, device: torch.device) -> Backbone:
@@ -98,6 +110,8 @@ def random_backbone(config: SizeConfig, device: torch.device) -> Backbone:
         image_tower=ImageTower(**size["tower"]),
         name=f"random {config.size}",
     )
+    if config.methods:
+        backbone.e4t = E4T.for_backbone(backbone)
     for module in backbone.modules.values():
         module.eval().requires_grad_(False)
     return backbone.to(device, getattr(torch, config.dtype))
@@ -165,7 +179,57 @@ def measure(config: SizeConfig, device: torch.device) -> dict[str, Any]:
     )
     done(f"generate: {config.sampler_steps} steps")
     assert out.images[0].size == (config.pixels, config.pixels)
+    if config.methods:
+        able, unable = runnable(backbone)
+        for name, why in unable.items():
+            print(f"{name} is left out: {why}", flush=True)
+        measured["methods"] = {
+            name: {each: method_at(name, each, image, backbone, config) for each in ("shape", "appearance")}
+            for name in able
+        }
+        done("published methods")
     return measured
+
+
+def method_at(
+    name: str, attribute: str, image: torch.Tensor, backbone: Backbone, config: SizeConfig
+) -> dict[str, float]:
+    """A method's time, arithmetic and size at its own batch, steps and number of class images."""
+    whole = METHODS[name].config(attribute, backbone, seed=config.seed)
+    drawn = min(1, whole.prior_images)
+    # The first step allocates, so one more is done.
+    short = replace(
+        whole, steps=config.steps + 1, views=min(config.views, whole.views), prior_images=drawn,
+        prior_prompt=whole.prior_prompt if drawn else "",
+    )  # fmt: skip
+    times: list[float] = []
+    snapshots = Snapshots(())
+    learnt = escd.customize(
+        image, attribute, backbone, config=short, progress=False, keep_interrupted=False, snapshots=snapshots,
+        callback=lambda *_: times.append(time.perf_counter()),
+    )  # fmt: skip
+    step = statistics.median(b - a for a, b in pairwise(times))
+    cost, prior = tuning_cost(backbone, whole), snapshots.prior_seconds * whole.prior_images
+    took = {
+        "steps": whole.steps,
+        "batch": whole.batch_size,
+        "step_seconds": step,
+        "tuning_seconds": step * whole.steps,
+        "prior_images": whole.prior_images,
+        "prior_seconds": prior if whole.prior_images else 0.0,
+        "operations": cost.operations,
+        "prior_operations": prior_operations(backbone, whole),
+        "memory_gb": cost.total / 2**30,
+        "sampling_passes": sampling_passes(backbone, learnt),
+        "file_mb": learnt.nbytes / 1e6,
+    }
+    print(
+        f"{name}, {attribute}: {whole.steps} steps of {step:.2f} s, {whole.prior_images} class images in "
+        f"{took['prior_seconds']:.0f} s, {took['sampling_passes']:.2f} passes a sampling step, "
+        f"{took['file_mb']:.1f} MB",
+        flush=True,
+    )
+    return took
 
 
 def main() -> None:
@@ -176,9 +240,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=SizeConfig.steps)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=SizeConfig.dtype)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--methods", action="store_true", help="also the published methods")
     parser.add_argument("--records", type=Path, metavar="FOLDER", help="keep what is measured there")
     arguments = parser.parse_args()
-    config = SizeConfig(arguments.size, pixels=arguments.pixels, steps=arguments.steps, dtype=arguments.dtype)
+    names = ("pixels", "steps", "dtype", "methods")
+    config = SizeConfig(arguments.size, **{name: getattr(arguments, name) for name in names})
     device = torch.device(arguments.device)
     measured = records.measured(
         config, lambda config: measure(config, device), device=device, folder=arguments.records

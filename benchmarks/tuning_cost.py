@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from escd import records
-from escd.backbone.halves import down_path, recomputed
+from escd.backbone.halves import down_path, recomputed, with_weights
+from escd.backbone.layers import layered, layers_of
 from escd.backbone.parts import parameters_of
 from escd.method.cost import relative
 from escd.method.step import NoisedViews, predicted
@@ -52,12 +53,19 @@ SIZES = {"sd15": SD15, "small": SMALL}
 
 @dataclass(frozen=True)
 class Method:
-    """What learns: a part of the UNet (None: nothing of it), a pseudo-word."""
+    """What learns: a part of the UNet (None: nothing of it), a pseudo-word.
+
+    prior: whether as many class images join the batch. layered: whether each cross-attention layer has its
+    own conditioning. reads: whether the latents are read first, by a pass of the way down with gradients.
+    """
 
     part: str | None
     word: bool
     conditioning: str = "joint"
     lora: int = 0
+    prior: bool = False
+    layered: bool = False
+    reads: bool = False
 
 
 METHODS = {
@@ -69,6 +77,10 @@ METHODS = {
     "appearance": Method("decoder", word=True),
     "appearance, frozen encoder without gradients": Method("decoder", word=True, conditioning="half"),
     "appearance, encoder outputs kept": Method("decoder", word=True, conditioning="cached"),
+    "whole UNet, with class images (DreamBooth)": Method("all", word=False, prior=True),
+    "keys and values, with class images (Custom Diffusion)": Method("all/kv", word=True, prior=True),
+    "pseudo-word of each layer (P+)": Method(None, word=True, layered=True),
+    "whole UNet, latents read first (E4T)": Method("all", word=True, reads=True),
 }
 WHOLE = next(iter(METHODS))
 
@@ -92,13 +104,15 @@ def prepare(
     method: Method, config: TuningCostConfig, device: torch.device
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """A function that gives one step's loss, and what learns."""
-    size, dtype, batch = SIZES[config.size], getattr(torch, config.dtype), config.batch
+    size, dtype = SIZES[config.size], getattr(torch, config.dtype)
+    batch = config.batch * (2 if method.prior else 1)
     with torch.device(device):
         unet = nn.Module.to(UNet2DConditionModel(**size), dtype).requires_grad_(False)
         side = config.pixels // 8
         x_t = torch.randn(batch, 4, side, side, dtype=dtype)
         target = torch.randn_like(x_t)
-        text = torch.randn(batch, 77, size["cross_attention_dim"], dtype=dtype)
+        layers = len(layers_of(unet)) if method.layered else 1
+        text = torch.randn(batch, 77 * layers, size["cross_attention_dim"], dtype=dtype)
         t = torch.full((batch,), 500)
         inside = torch.ones(batch, 1, 1, 1, dtype=dtype)
     if config.checkpointing:
@@ -124,8 +138,14 @@ def prepare(
         with torch.no_grad():
             noised.maps = down_path(unet, x_t, t, text)
 
+    network = layered(unet) if method.layered else unet
+
     def loss() -> Tensor:
-        return (predicted(unet, weights, noised, text, method.conditioning) - target).square().mean()
+        read = text
+        if method.reads:
+            maps = with_weights(down_path, unet, weights, x_t, t, text)
+            read = text + torch.stack([m.mean() for m in maps]).mean()
+        return (predicted(network, weights, noised, read, method.conditioning) - target).square().mean()
 
     return loss, learning
 

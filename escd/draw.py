@@ -20,6 +20,7 @@ from .paper.figures import (
     transfer_by_rank,
     transfer_examples,
 )
+from .paper.methods import methods_curve, methods_examples
 from .paper.stems import STEMS
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "diagram_pipeline",
     "forward_backward",
     "leakage_table",
+    "methods_curve",
+    "methods_examples",
     "pretraining_curve",
     "training_scores",
     "transfer_by_rank",

@@ -90,6 +90,23 @@ def test_the_whole_method_at_a_size(capsys, monkeypatch, tmp_path):
         assert list(sizes.values()) == sorted(sizes.values())
 
 
+def test_the_methods_at_a_size(capsys, monkeypatch, tmp_path):
+    """Each method with its own batch, steps and number of class images, of which few are computed."""
+    size = runpy.run_path(str(FOLDER / "sd15_size.py"))
+    config = size["SizeConfig"](size="small", pixels=64, steps=1)
+    backbone = size["random_backbone"](config, torch.device("cpu"))
+    image = torch.zeros(3, 64, 64)
+    booth, plus = (
+        size["method_at"](name, "appearance", image, backbone, config) for name in ("dreambooth", "p-plus")
+    )
+    assert booth["prior_images"] == 200 and booth["prior_seconds"] > 0 == plus["prior_seconds"]
+    assert booth["tuning_seconds"] == booth["step_seconds"] * booth["steps"]
+    assert booth["prior_operations"] > 0 == plus["prior_operations"]
+    assert [each["sampling_passes"] for each in (booth, plus)] == pytest.approx([1, 1], abs=0.01)
+    assert booth["file_mb"] > plus["file_mb"] > 0
+    assert capsys.readouterr().out.count("class images in") == 2
+
+
 def test_tuning_cost(capsys, monkeypatch, tmp_path):
     arguments = ["--size", "small", "--pixels", "64", "--rounds", "1", "--steps", "1", "--device", "cpu"]
     chosen = ["--dtype", "float32", "--threads", "1", "--methods", "shape", "appearance, encoder"]
@@ -126,5 +143,15 @@ def test_the_cost_of_stable_diffusions_halves():
     )
     # 0.77, 0.78 and 0.67 of multiplications alone; attention computes some of its forward pass twice
     assert [x / whole for x in (shape, half, kept)] == pytest.approx([0.77, 0.78, 0.67], abs=0.04)
+    prior, layers, reads = (
+        cost["flops"](methods[name], config) / whole
+        for name in (
+            "whole UNet, with class images (DreamBooth)",
+            "pseudo-word of each layer (P+)",
+            "whole UNet, latents read first (E4T)",
+        )
+    )
+    word = cost["flops"](methods["pseudo-word (Textual Inversion)"], config) / whole
+    assert prior == pytest.approx(2) and layers == pytest.approx(word, rel=0.01) and 1.2 < reads < 1.6
     assert megabytes_at(parameters_of(unet, "encoder"), 38) == pytest.approx(25, rel=0.05)
     assert megabytes_at(parameters_of(unet, "decoder"), 19) == pytest.approx(25, rel=0.05)

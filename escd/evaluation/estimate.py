@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from .. import records
 from ..method.config import TuningConfig
 from .configs import CompositionConfig, RankConfig, StudyConfig
+from .method_configs import MethodConfig, MethodPairConfig
+from .prompts import PROMPTS
 
 
 def seconds(
@@ -20,9 +22,11 @@ def seconds(
 ) -> tuple[float, int]:
     """Seconds of the runs in one process, and for how many of them no time is stored on this device.
 
-    A run takes the median of the stored runs of its group (kind, attribute, part and steps), or of its kind
-    where the group has none. Learning is counted once for each customization, since it is kept. In records
-    older than `Record.learnt`, the seconds of a run include those of learning.
+    A run takes the median of the stored runs of its group (kind, attribute, part and steps; of a published
+    method, which and how many steps), or of its kind where the group has none. Before any published method
+    is stored, its run is estimated roughly from the study's (`_rough`). Learning is counted once for each
+    customization, since it is kept. In records older than `Record.learnt`, the seconds of a run include those
+    of learning.
     """
     scoring: dict[Any, list[float]] = defaultdict(list)
     learning: dict[Any, list[float]] = defaultdict(list)
@@ -38,14 +42,46 @@ def seconds(
             for attribute, _, tuning in _learnt(config):
                 if attribute in record.learnt:
                     learning[attribute, tuning].append(record.learnt[attribute]["seconds"])
-    times = [scoring.get(_group(config)) or scoring.get(type(config)) for config in missing]
+    times = [
+        scoring.get(_group(config)) or scoring.get(type(config)) or _rough(config, scoring, learning)
+        for config in missing
+    ]
     to_learn = {one for config in missing for one in _learnt(config)}
     total = sum(median(known) for known in times if known)
     total += sum(median(learning.get((attribute, tuning), [0.0])) for attribute, _, tuning in to_learn)
     return total, times.count(None)
 
 
+def _rough(
+    config: Any, scoring: Mapping[Any, list[float]], learning: Mapping[Any, list[float]]
+) -> list[float] | None:
+    """Seconds of a published method from those of the study: of a noised view, and of a generated image.
+
+    None for another run, and where the study has none of these.
+    """
+    images = [each / PROMPTS for each in scoring.get(StudyConfig, [])]
+    views = [
+        each / (tuning.steps * tuning.batch_size)
+        for (_, tuning), times in learning.items()
+        for each in times
+        if tuning.steps
+    ]
+    if isinstance(config, MethodPairConfig) and images:
+        return [PROMPTS * median(images)]
+    if not isinstance(config, MethodConfig) or not images or not views:
+        return None
+    tuning, budgets = config.tuning, config.budgets
+    steps = max(budgets) if tuning.constant_rate else sum(budgets)
+    each_step = tuning.batch_size * (2 if tuning.prior_images else 1)
+    drawn = tuning.prior_images + PROMPTS * len(budgets)
+    return [steps * each_step * median(views) + drawn * median(images)]
+
+
 def _group(config: Any) -> tuple:
+    if isinstance(config, MethodConfig):
+        return MethodConfig, config.method, config.attribute, config.budgets
+    if isinstance(config, MethodPairConfig):
+        return MethodPairConfig, config.method
     tunings = tuple((tuning.part, tuning.steps) for *_, tuning in _learnt(config))
     kind = getattr(config, "kind", None)
     # These controls generate nothing either.

@@ -26,6 +26,7 @@ from ..data.images import Source
 from ..files import write_text
 from ..method.config import TuningConfig
 from ..method.customization import Customization, load_customization
+from ..method.snapshots import Snapshot
 from ..method.tuning import customize
 from .references import Reference
 
@@ -65,7 +66,7 @@ def learn(
     weights: the backbone's `weights_sha256`. After an interrupt, which reaches the caller, nothing is kept.
     """
     key = key_of(attribute, reference, config, backbone, weights)
-    path = folder / f"{attribute}-{key[:16]}.safetensors"
+    path = _path(folder, attribute, key)
     about = _about(path)
     if about is not None:
         stored = load_customization(path, backbone)
@@ -76,10 +77,44 @@ def learn(
             "it is learned again"
         )
     learnt = learn_now(reference.image, attribute, config, backbone)
-    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, learnt)
+    return learnt
+
+
+def knows(
+    folder: Path, attribute: str, reference: Reference, config: TuningConfig, backbone: Backbone, weights: str
+) -> bool:
+    """Whether `folder` keeps what `learn` would learn."""
+    key = key_of(attribute, reference, config, backbone, weights)
+    return _about(_path(folder, attribute, key)) is not None
+
+
+def keep(
+    folder: Path, reference: Reference, snapshot: Snapshot, config: TuningConfig, backbone: Backbone,
+    weights: str, prior_seconds: float = 0.0,
+) -> About:  # fmt: skip
+    """Keep a snapshot as what `learn` with `config` learns, unless `folder` has that already.
+
+    `config` has the snapshot's number of steps. Its seconds count the class images.
+    """
+    made = snapshot.customization
+    key = key_of(made.attribute.name, reference, config, backbone, weights)
+    path = _path(folder, made.attribute.name, key)
+    seconds = round(snapshot.seconds + prior_seconds, 3)
+    about = About(records.now(), records.commit(), made.steps, seconds, sha256_of(made))
+    if _about(path) is None:
+        _write(path, Learnt(made, about, kept=False))
+    return about
+
+
+def _path(folder: Path, attribute: str, key: str) -> Path:
+    return folder / f"{attribute}-{key[:16]}.safetensors"
+
+
+def _write(path: Path, learnt: Learnt) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     learnt.customization.save(path)
     write_text(path.with_suffix(".json"), json.dumps(asdict(learnt.about), indent=1) + "\n")
-    return learnt
 
 
 def learn_now(

@@ -18,7 +18,7 @@ from .configs import CompositionConfig, StudyConfig
 from .formats import decimals, interval, markdown_table, share_of
 from .measure import Interval
 from .references import CANDIDATES, REAL_LISTS, load_references
-from .runs import CONFIGS, Metrics, Runs, by_arm, leakage, mean, mean_of_known, obeyed, values
+from .runs import CONFIGS, Metrics, Runs, by_arm, leakage, mean, mean_of_known, obeyed, pair_shares, values
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,7 @@ def _shape(runs: Runs, floors: dict[Any, Metrics]) -> ShapeRow:
 
 
 def _pair(runs: Runs, _floors: dict[Any, Metrics]) -> PairRow:
-    right = [values(runs, name, False) for name in ("silhouette", "texture_first", "colour_first")]
-    silhouette, texture, colour = (float(np.mean(of_one)) for of_one in right)
-    together = float(np.mean(np.all(right, axis=0)))
-    return PairRow(**_common(runs), silhouette=silhouette, texture=texture, colour=colour, right=together)
+    return PairRow(**_common(runs), **pair_shares(runs))
 
 
 # ------------------------------------------------------------------------------------------------------------

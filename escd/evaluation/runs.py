@@ -65,6 +65,14 @@ def obeyed(runs: Runs) -> dict[str, float]:
     return {name.removeprefix("obeyed_"): mean(runs, name, False) for name in names}
 
 
+def pair_shares(runs: Runs) -> dict[str, float]:
+    """Shares of pictures with the right silhouette, texture and colour; "right": with all three."""
+    names = {"silhouette": "silhouette", "texture": "texture_first", "colour": "colour_first"}
+    right = {name: values(runs, score, False) for name, score in names.items()}
+    shares = {name: float(np.mean(of_one)) for name, of_one in right.items()}
+    return shares | {"right": float(np.mean(np.all(list(right.values()), axis=0)))}
+
+
 def leakage(runs: Runs, floors: dict[Any, Metrics], score: str) -> Interval:
     """The unwanted similarity `score` less the floor's, picture by picture, over whole references.
 

@@ -32,11 +32,14 @@ from .configs import (
     AutoencoderConfig,
     CompositionConfig,
     JudgesConfig,
+    ListConfig,
     ObedienceConfig,
     RankConfig,
     StudyConfig,
 )
 from .judges import HEADS, Judgement, Judges, load_judges
+from .method_configs import MethodConfig, MethodPairConfig
+from .method_scores import score_curve, score_pair
 from .prompts import Prompt, prompts_for, prompts_for_pair
 from .references import LISTS, REAL_LISTS, Reference, References, load_references
 from .scores import (
@@ -89,6 +92,8 @@ class Study:
             StudyConfig: self._score_attribute,
             CompositionConfig: self._score_composition,
             RankConfig: self._score_rank,
+            MethodConfig: lambda config: score_curve(self, config, RUNS),
+            MethodPairConfig: lambda config: score_pair(self, config),
             ObedienceConfig: self._score_obedience,
             AutoencoderConfig: self._score_autoencoder,
             JudgesConfig: self._score_judges,
@@ -126,7 +131,7 @@ class Study:
         inputs = {f"backbone {config.backbone}": weights}
         if not isinstance(config, AutoencoderConfig):
             inputs["judges"] = _sha256(paths.WEIGHTS / "judges")
-        if isinstance(config, StudyConfig | CompositionConfig | RankConfig):
+        if isinstance(config, ListConfig):
             inputs[f"references {config.list}"] = self.references(config.list).sha256
         return inputs
 
@@ -205,6 +210,10 @@ class Study:
         )
         self.learnt[attribute] = learnt.as_dict()
         return learnt.customization
+
+    def knows(self, attribute: str, reference: Reference, tuning: TuningConfig, backbone: str) -> bool:
+        """Whether `learn` would take the customization from `runs/study`."""
+        return kept.knows(RUNS, attribute, reference, tuning, self.backbone(backbone), self.weights(backbone))
 
     def _score_obedience(self, config: ObedienceConfig) -> dict[str, Any]:
         return prompt_obedience(

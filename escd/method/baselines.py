@@ -9,9 +9,11 @@ the attribute stands for the class noun.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .. import paths
 from ..backbone.model import Backbone
 from ..backbone.parts import NO_PART
 from ..backbone.prompts import rare_word, word_id
@@ -55,6 +57,9 @@ _PLAIN = {
     "conditioning": "joint",
     "constant_rate": True,
 }
+# Rates and steps of `mini` that the grid on development references chose (`escd.evaluation.method_choice`).
+# Without the file they are those of `Method._rates`.
+RATES_FILE = paths.PACKAGE / "method" / "mini_rates.json"
 _FLIPPED = {"flips": True, "views": 2}
 
 
@@ -73,9 +78,11 @@ class Method:
 
     def config(
         self, attribute: Attribute | str, backbone: Backbone | None = None, part: str | None = None,
-        **changes: object,
+        *, before_grid: bool = False, **changes: object,
     ) -> TuningConfig:  # fmt: skip
         """The configuration for an attribute. None leaves a number at the method's.
+
+        before_grid: leave out `chosen_rates`, as the grid that chooses them does.
 
         Raises ValueError for a part or rank that contradicts the method, for a backbone without the weights
         that the method needs, and what `TuningConfig.of` raises.
@@ -97,6 +104,8 @@ class Method:
         settings = plain | dict(self.settings) | self._prompts(attribute, backbone)
         if backbone is not None and backbone.large:
             settings |= self.large
+        elif self.part is not None and not before_grid:
+            settings |= chosen_rates().get(self.name, {}).get(attribute.recipe or "", {})
         config = TuningConfig.of(attribute, fixed["part"], backbone, **settings | given)
         if backbone is not None:
             require_pretrained(backbone, config)
@@ -129,6 +138,11 @@ def templates_for(recipe: str, backbone: Backbone | None) -> tuple[str, ...]:
     """Textual Inversion's templates that a backbone can read; our own prompts where it can read none."""
     templates = TEMPLATES[recipe]
     return templates if backbone is None else in_vocabulary(backbone, templates) or PROMPTS[recipe]
+
+
+def chosen_rates() -> dict[str, dict[str, dict[str, float | int]]]:
+    """Settings by method and recipe that the grid chose for `mini`; empty where `RATES_FILE` is missing."""
+    return json.loads(RATES_FILE.read_text(encoding="utf-8")) if RATES_FILE.exists() else {}
 
 
 def in_vocabulary(backbone: Backbone, templates: Sequence[str]) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ from .fusion import pseudo_word
 from .optimizers import Updates, optimizers_for
 from .prior import prior_batches
 from .reference import Reference
+from .snapshots import Snapshots
 from .step import HALVES, NoisedViews, autocast_dtype, fast_arithmetic, predicted, read_ahead, working_copy
 
 # Called with the number of steps done and the last loss; True ends the tuning.
@@ -60,6 +63,7 @@ def customize(
     config: TuningConfig | None = None,
     method: str | None = None,
     keep_interrupted: bool = True,
+    snapshots: Snapshots | None = None,
 ) -> Customization:
     """Learn one attribute of one image: a pseudo-word, and the change of one part of the UNet (paper, Eq. 6).
 
@@ -77,14 +81,17 @@ def customize(
     keeping them (Chen et al. 2016): the same result for a fraction of the memory and about a third more
     time; None does so where a GPU's memory would not do otherwise (`escd.method.cost`). config: all of these
     numbers at once, from `TuningConfig.of`. method: a published one of
-    `escd.method.baselines.METHODS`, such as "dreambooth"; None is "escd". The backbone itself is not changed.
+    `escd.method.baselines.METHODS`, such as "dreambooth"; None is "escd". snapshots: takes customizations
+    after some of the steps. The backbone itself is not changed.
 
     Raises ValueError or TypeError for an unknown attribute, method or part, for bad numbers and for a number
     that contradicts `config` or `method`, ImportError for "adamw8bit" without bitsandbytes, and what
     `open_image` raises.
     """
+    snapshots = Snapshots(()) if snapshots is None else snapshots
+    snapshots.begin()
     attribute = resolve_attribute(attribute)
-    numbers = {"steps": steps, "seed": seed, "learning_rate": learning_rate, "rank": rank}
+    numbers: dict[str, Any] = {"steps": steps, "seed": seed, "learning_rate": learning_rate, "rank": rank}
     if config is None:
         config = method_named(method or "escd").config(attribute, backbone, part, **numbers)
     else:
@@ -92,6 +99,7 @@ def customize(
             raise ValueError("config and method were both given: METHODS[method].config makes a config")
         _require_agreement(config, attribute, numbers | {"part": part})
     require_pretrained(backbone, config)
+    snapshots.require(config)
     trained = _trained_parameters(backbone, config)
     backbone.word_embedding(attribute.word)  # an unusable word is refused before the work
     reference = Reference.open(image, backbone.image_size, mask)
@@ -99,14 +107,31 @@ def customize(
         reference.warn_without_silhouette(config.recipe)
     if checkpointing is None:
         checkpointing = config.steps > 0 and needs_checkpointing(backbone, config)
+    made = partial(_customization, attribute=attribute, backbone=backbone, config=config)
     try:
         learnt = _tune(
             backbone, attribute, reference, config, trained,
             checkpointing=checkpointing, callback=callback, progress=progress,
-            keep_interrupted=keep_interrupted,
+            keep_interrupted=keep_interrupted, snapshots=snapshots, made=made,
         )  # fmt: skip
     except torch.OutOfMemoryError as error:
         raise MemoryError(f"the GPU's memory is full: {LESS_MEMORY}") from error
+    return made(learnt)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """The result of the loop: a pseudo-word (D,) or (K, D), the weights' change, losses, E4T's encoder."""
+
+    pseudo_word: Tensor
+    delta: dict[str, Tensor | LowRank] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    encoder: dict[str, Tensor] | None = None
+
+
+def _customization(
+    learnt: Learnt, attribute: Attribute, backbone: Backbone, config: TuningConfig
+) -> Customization:
     return Customization(
         attribute=attribute,
         pseudo_word=learnt.pseudo_word,
@@ -120,16 +145,6 @@ def customize(
         losses=learnt.losses,
         encoder=learnt.encoder,
     )
-
-
-@dataclass(frozen=True)
-class Learnt:
-    """The result of the loop: a pseudo-word (D,) or (K, D), the weights' change, losses, E4T's encoder."""
-
-    pseudo_word: Tensor
-    delta: dict[str, Tensor | LowRank] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    encoder: dict[str, Tensor] | None = None
 
 
 def _require_agreement(config: TuningConfig, attribute: Attribute, numbers: dict[str, object]) -> None:
@@ -167,15 +182,21 @@ def _tune(
     callback: Callback | None,
     progress: bool,
     keep_interrupted: bool,
+    snapshots: Snapshots,
+    made: Callable[[Learnt], Customization],
 ) -> Learnt:
     """Minimise the loss of Eq. 6 over the pseudo-word and the change of the `trained` parameters."""
     device, dtype = backbone.device, backbone.unet.dtype
     v = _start(backbone, reference, attribute, config)
-    if not config.steps and not config.needs_e4t:
-        return Learnt(v.detach().cpu())
     change = _change(trained, backbone, reference, config)
+    losses: list[float] = []
+
+    def taken() -> Customization:
+        return made(_learnt(v, change, losses))
+
+    snapshots.take(0, taken)
     if not config.steps:
-        return _learnt(v, change, [])
+        return _learnt(v, change, losses)
     network = working_copy(backbone.unet, change.before, checkpointing)
     network = layered(network) if config.per_layer else network
     # Prompt dropout is for the weights; the pseudo-word alone does not learn from it.
@@ -185,8 +206,8 @@ def _tune(
     # Gradients too small for float16 are scaled up in the backward pass.
     scaled = autocast_dtype(device, dtype) is torch.float16
     updates = Updates(optimizers_for(v, change, config, fused=backbone.large), config, device.type, scaled)
-    prior = prior_batches(backbone, config, progress)
-    losses: list[float] = []
+    with snapshots.prior():
+        prior = prior_batches(backbone, config, progress)
     description = f"{attribute.name} ({config.part})"
     bar = tqdm(range(config.steps), desc=description, unit="step", disable=not progress)
     try:
@@ -209,6 +230,7 @@ def _tune(
                 updates.apply(loss, step)
                 losses.append(loss.item())
                 _require_finite(losses, config)
+                snapshots.take(step + 1, taken)
                 bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}", refresh=False)
                 if callback is not None and callback(step + 1, losses[-1]):
                     break
@@ -251,6 +273,7 @@ def _read(
 
 
 def _learnt(v: Tensor, change: Change, losses: list[float]) -> Learnt:
+    """What the loop has learnt so far; `v` and `losses` are the loop's own."""
     delta = change.delta() if losses else change.initial_delta()
     encoder = change.encoder_tensors() if isinstance(change, E4TChange) else None
     return Learnt(v.detach().cpu(), delta, losses, encoder)

@@ -16,14 +16,14 @@ import matplotlib
 from tqdm.auto import tqdm
 
 from .. import files, records
-from . import diagrams, figures
+from . import diagrams, figures, methods
 from .numbers import write_numbers
 from .reproduce import repeatable, run_again
 from .results import results
 from .stems import STEMS
 
 FIGURES = records.FOLDER.parent
-REGISTERED = (diagrams, figures)  # importing these fills STEMS, in this order
+REGISTERED = (diagrams, figures, methods)  # importing these fills STEMS, in this order
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,6 +55,9 @@ def draw_figures(stems: Sequence[str], folder: Path = FIGURES) -> None:
     progress = tqdm(stems, unit="figure")
     for stem in progress:
         progress.set_description(stem)
+        if (why := STEMS[stem].missing()) is not None:
+            tqdm.write(f"{stem} is left out: {why}")
+            continue
         drawing = STEMS[stem].draw()
         drawn = drawing.save(folder / stem)
         entry = {

@@ -23,6 +23,7 @@ from ..files import write_text
 from ..method.attributes import ATTRIBUTES
 from ..pretrain import ablation, trials
 from ..pretrain.autoencoder import LATENT_CHANNELS
+from .methods import method_numbers, methods_at_size_in_words, methods_in_latex, methods_in_words
 from .results import (
     STEPS_OF,
     alike,
@@ -49,6 +50,7 @@ def numbers() -> dict[str, str]:
     Shares are percentages without the sign; what is undefined is "--". KeyError where a record is missing.
     """
     values = _backbone_numbers() | _study_numbers() | _tuning_numbers() | _size_numbers()
+    values |= method_numbers()
     for latents, record in trials.by_latents().items():
         values["rate.images"] = f"{record.config['images']:,}"
         for name in IMAGE_SETS:
@@ -177,7 +179,7 @@ def _parameters(path: Path) -> int:
 
 
 def write_numbers(readme: Path = README, macros: Path = NUMBERS) -> None:
-    """Put the numbers between the README's marks, and as macros into the paper's folder.
+    """Put the numbers between the README's marks, and as macros and tables into the paper's folder.
 
     Raises ValueError when the README lacks its marks.
     """
@@ -190,6 +192,7 @@ def write_numbers(readme: Path = README, macros: Path = NUMBERS) -> None:
     lines = ["% Written by `python -m escd.draw` from figures/records: do not edit."]
     lines += [rf"\escddef{{{key}}}{{{value}}}" for key, value in sorted(values.items())]
     write_text(macros, "\n".join(lines) + "\n")
+    write_text(macros.with_name("methods.tex"), methods_in_latex())
 
 
 def _size_in_words(v: Mapping[str, str]) -> list[str]:
@@ -311,7 +314,9 @@ def _summary(values: Mapping[str, str]) -> str:
         f"Cost on `mini`, on {v['tuning.threads']} CPU threads: {v['tuning.shape.steps']} steps for a shape "
         f"({v['tuning.shape.seconds']} s, {v['tuning.shape.mb']} MB) and {v['tuning.appearance.steps']} for "
         f"an appearance ({v['tuning.appearance.seconds']} s, {v['tuning.appearance.mb']} MB).",
+        *methods_in_words(),
         *_size_in_words(v),
         *_steps_in_words(),
+        *methods_at_size_in_words(),
     ]
     return "\n".join(lines)

@@ -288,6 +288,10 @@ STEPS_OF = {
     "appearance": "appearance",
     "appearance, frozen encoder without gradients": "half",
     "appearance, encoder outputs kept": "kept",
+    "whole UNet, with class images (DreamBooth)": "dreambooth",
+    "keys and values, with class images (Custom Diffusion)": "custom_diffusion",
+    "pseudo-word of each layer (P+)": "p_plus",
+    "whole UNet, latents read first (E4T)": "e4t",
 }
 
 

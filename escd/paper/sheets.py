@@ -15,7 +15,6 @@ from ..data.world import World
 from ..evaluation.references import load_references
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
-from ..method.customization import Customization
 from ..method.guidance import PLAIN_SCALE, default_scale
 from ..method.pipeline import ESCDPipeline
 from ..records import Record
@@ -28,7 +27,7 @@ class SheetConfig:
     """One run of the pipeline over several prompts, with customizations of references."""
 
     prompts: tuple[str, ...]
-    # Ids of evaluation references, and how their shape and their appearance are tuned.
+    # Ids of references of `list`, and how their shape and their appearance are tuned.
     shape: str | None = None
     appearance: str | None = None
     shape_tuning: TuningConfig | None = None
@@ -37,6 +36,7 @@ class SheetConfig:
     seed: int = 0
     steps: int = 25
     guidance_scale: float = PLAIN_SCALE
+    list: str = "evaluation"
 
 
 def sheet(prompts: Sequence[str], shape: str | None = None, appearance: str | None = None) -> SheetConfig:
@@ -90,27 +90,44 @@ def stored_images(config: SheetConfig | ProcessConfig) -> tuple[Record, list[np.
     return record, np.split(strip, record.metrics["images"], axis=1)
 
 
+def drawable(config: SheetConfig | ProcessConfig) -> bool:
+    """Whether the images of a config are stored, or need no tuning because all it shows is kept."""
+    if not records.missing([config], _inputs):
+        return True
+    return all(
+        study().knows(
+            name,
+            load_references(which=config.list)[reference],
+            getattr(config, f"{name}_tuning"),
+            config.backbone,
+        )
+        for name in ATTRIBUTES
+        if (reference := getattr(config, name, None)) is not None
+    )
+
+
 def _inputs(config: SheetConfig | ProcessConfig) -> dict[str, str]:
     """sha256 of what a config's images depend on: weights and references."""
     inputs = dict(weights_of(config.backbone))
     for name in {getattr(config, "shape", None), getattr(config, "appearance", None)} - {None}:
-        inputs |= load_references()[name].inputs
+        inputs |= load_references(which=config.list)[name].inputs
     return inputs
 
 
 def _pipeline(config: SheetConfig | ProcessConfig) -> ESCDPipeline:
     learnt = {
-        attribute: _learnt(config.backbone, attribute, reference, getattr(config, f"{attribute}_tuning"))
+        attribute: study().learn(
+            attribute,
+            load_references(which=config.list)[reference],
+            getattr(config, f"{attribute}_tuning"),
+            config.backbone,
+        )
         for attribute in ATTRIBUTES
         if (reference := getattr(config, attribute, None)) is not None
     }
     pipe = ESCDPipeline(study().backbone(config.backbone), **learnt)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _learnt(backbone: str, attribute: str, reference: str, tuning: TuningConfig) -> Customization:
-    return study().learn(attribute, load_references()[reference], tuning, backbone)
 
 
 def _make_sheet(config: SheetConfig) -> tuple[list[np.ndarray], dict]:

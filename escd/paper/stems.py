@@ -16,13 +16,20 @@ class Stem:
 
     draw: Callable[[], Drawing]
     notebook: str
+    # Says what makes the figure's records where there are none yet; None where it can be drawn.
+    missing: Callable[[], str | None] = lambda: None
 
 
-def figure(notebook: str) -> Callable[[Callable[[], Drawing]], Callable[[], Drawing]]:
-    """Make a function a stem of the paper's figures; it is drawn in the house style."""
+def figure(
+    notebook: str, missing: Callable[[], str | None] = lambda: None
+) -> Callable[[Callable[[], Drawing]], Callable[[], Drawing]]:
+    """Make a function a stem of the paper's figures; it is drawn in the house style.
+
+    missing: for a figure whose records may not exist yet (`Stem.missing`); it is left out then.
+    """
 
     def register(draw: Callable[[], Drawing]) -> Callable[[], Drawing]:
-        STEMS[draw.__name__] = Stem(house_style()(draw), f"notebooks/{notebook}.ipynb")
+        STEMS[draw.__name__] = Stem(house_style()(draw), f"notebooks/{notebook}.ipynb", missing)
         return STEMS[draw.__name__].draw
 
     return register

@@ -9,6 +9,8 @@ from conftest import as_record
 from escd import records
 from escd.evaluation import configs, estimate, study, study_command
 from escd.evaluation.configs import CompositionConfig, ObedienceConfig, RankConfig, StudyConfig
+from escd.evaluation.method_configs import REFERENCES, MethodConfig, MethodPairConfig
+from escd.method.baselines import METHODS
 from escd.method.config import TuningConfig
 
 SHAPE, APPEARANCE = TuningConfig.of("shape"), TuningConfig.of("appearance")
@@ -48,6 +50,52 @@ def test_it_says_how_many_runs_are_missing(grids, capsys):
     count = len(grids("--list", "development", "--references", "1"))
     said = capsys.readouterr().err
     assert f"{count} of {count} runs are missing (no estimate for {count} of them" in said
+
+
+def test_the_methods_are_compared_instead_of_the_halves(grids, monkeypatch, capsys):
+    monkeypatch.setattr(study_command.method_tables, "compared", lambda results: None)
+    monkeypatch.setattr(study_command.method_tables, "markdown", lambda methods: "")
+    monkeypatch.setattr(
+        study_command, "runnable", lambda backbone: (["escd", "p-plus"], {"e9t": "no weights"})
+    )
+    grid = grids("--methods")
+    of_methods = [config for config in grid if isinstance(config, MethodConfig)]
+    assert {config.list for config in grid} == {"real"} and not set(configs.backbone_configs()) & {*grid}
+    assert len({config.reference for config in of_methods}) == REFERENCES
+    assert {config.seed for config in grid} == {0} and len(of_methods) == REFERENCES * 2 * 2
+    said = capsys.readouterr().err
+    assert "e9t is left out: no weights" in said and f"{len(grid)} of {len(grid)} runs are missing" in said
+    more = grids("--methods", "--references", "7", "--seeds", "3", "--list", "real-development")
+    assert {config.seed for config in more} == {0, 1, 2} and {c.list for c in more} == {"real-development"}
+    assert len({c.reference for c in more if isinstance(c, MethodConfig)}) == 7
+
+
+def test_the_grid_of_rates_is_on_development_references(grids, monkeypatch, tmp_path):
+    monkeypatch.setattr(study_command, "runnable", lambda backbone: (["dreambooth"], {}))
+    monkeypatch.setattr(study_command.method_choice, "points", lambda results, which: [])
+    written = tmp_path / "rates.json"
+    monkeypatch.setattr(study_command, "RATES_FILE", written)
+    grid = grids("--method-grid")
+    assert {config.list for config in grid} == {"real-development"} and len(grid) == 3 * 2 * 3
+    assert not written.exists()
+    grids("--method-grid", "--take-rates")
+    assert json.loads(written.read_text()) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--methods --ranks", "--ranks is of the study of the halves"),
+        ("--method-grid --parts all", "--parts is of the study of the halves"),
+        ("--methods --method-grid", "give one of them"),
+        ("--take-rates", "takes them from --method-grid"),
+        ("--methods --seeds 0", "--seeds must be at least 1, not 0"),
+    ],
+)
+def test_options_that_do_not_belong_together(given, said, capsys):
+    with pytest.raises(SystemExit):
+        study_command.main(given.split())
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["--twenty", "2"], ["--twenty", "0", "--folder", "somewhere"]])
@@ -108,6 +156,30 @@ def test_controls_that_generate_nothing_take_as_long_as_the_ceiling(tmp_path):
     store(tmp_path, StudyConfig("shape", "a", "ceiling"), 1.0)
     controls = [StudyConfig("shape", "b", kind) for kind in ("lossless", "copy")]
     assert estimate.seconds(controls, "cpu", tmp_path) == (2.0, 0)
+
+
+def test_a_method_takes_as_long_as_one_like_it_and_roughly_before_any_is_stored(tmp_path):
+    def method(name, reference, budgets=(0, 10)):
+        return MethodConfig(name, "shape", reference, METHODS[name].config("shape"), budgets)
+
+    whole = TuningConfig.of("shape", batch_size=10, steps=100)
+    store(tmp_path, StudyConfig("shape", "a", "customized", whole), 504.0, {"shape": 500.0})
+    # 0.5 s a view and 1 s an image: 4 images after each of two numbers of steps, and 200 of the class
+    tuning = METHODS["dreambooth"].config("shape")
+    assert tuning.batch_size == 1 and tuning.prior_images == 200 and tuning.constant_rate
+    once = estimate.seconds([method("dreambooth", "a")], "cpu", tmp_path)
+    assert once == (10 * 2 * 0.5 + 200 + 2 * 4, 0)
+    # a decaying rate has a run for each
+    ours = METHODS["escd"].config("shape")
+    assert estimate.seconds([method("escd", "a", (0, 10, 20))], "cpu", tmp_path) == (
+        30 * ours.batch_size * 0.5 + 3 * 4, 0,
+    )  # fmt: skip
+    pair = MethodPairConfig("dreambooth", "a", "b", tuning, METHODS["dreambooth"].config("appearance"))
+    assert estimate.seconds([pair], "cpu", tmp_path) == (4.0, 0)
+    for name, seconds in (("dreambooth", 70.0), ("p-plus", 30.0)):
+        store(tmp_path, method(name, "a"), seconds)
+    found = [estimate.seconds([method(n, "b")], "cpu", tmp_path)[0] for n in ("dreambooth", "p-plus", "escd")]
+    assert found == [70.0, 30.0, 50.0]
 
 
 def test_an_estimate_in_words():

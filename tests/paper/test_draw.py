@@ -122,8 +122,10 @@ def test_an_unknown_figure_is_refused(capsys):
 
 def test_every_figure_belongs_to_a_notebook_and_to_the_committed_manifest():
     manifest = json.loads((draw.FIGURES / "manifest.json").read_text())
-    assert manifest.keys() == stems_module.STEMS.keys()
-    for name, stem in stems_module.STEMS.items():
+    # A figure whose records are not made yet is in neither.
+    stems = {name: stem for name, stem in stems_module.STEMS.items() if stem.missing() is None}
+    assert manifest.keys() == stems.keys()
+    for name, stem in stems.items():
         assert (paths.ROOT / stem.notebook).is_file()
         assert f"draw.{name}()" in (paths.ROOT / stem.notebook).read_text()
         assert set(manifest[name]["sha256"]) == {f"{name}.pdf", f"{name}.png"}
