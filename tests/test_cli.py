@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -188,7 +189,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, picture, here, 
 
 
 def test_as_a_command(here):
-    command = [sys.executable, "-m", "escd", "customize", "none.png", "--attribute", "shape"]
+    command = [*warm.python(), "-m", "escd", "customize", "none.png", "--attribute", "shape"]
     root = Path(__file__).parents[1]
     ran = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(root)})
     assert ran.returncode == 2 and ran.stdout == ""
