@@ -27,6 +27,7 @@ from .method.config import TuningConfig
 from .method.cost import require_memory, time_in_words, tuning_cost
 from .method.customization import Customization, load_customization, steps_of
 from .method.export import export
+from .method.guidance import PLAIN_SCALE
 from .method.inputs import MOST
 from .method.low_rank import low_rank, megabytes_at
 from .method.pipeline import ESCDPipeline
@@ -39,7 +40,7 @@ DRAWING = {
     "seed": 0,
     "images": 1,
     "steps": 25,
-    "guidance_scale": 4.0,
+    "guidance_scale": None,
     "shape_strength": 1.0,
     "appearance_strength": 1.0,
     "backbone": "mini",
@@ -118,7 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--images", type=int, metavar="N", help="how many; default 1")
     draw.add_argument("--seed", type=int, help="of the first image; the next ones count on; default 0")
     draw.add_argument("--steps", type=int, help="sampling steps; default 25")
-    draw.add_argument("--guidance-scale", type=float, help="default 4")
+    draw.add_argument(
+        "--guidance-scale",
+        type=float,
+        help=f"default: {PLAIN_SCALE:g}, or that of the attributes in the prompt",
+    )
     draw.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="folder for the images")
     draw.add_argument(
         "--overwrite", action="store_true", help="replace seed-N.png; default: write seed-N-2.png beside it"
@@ -216,7 +221,8 @@ def _generate(options: argparse.Namespace, _ending: Ending) -> None:
     loaded = {n: None if file is None else load_customization(file, backbone) for n, file in files.items()}
     about = {name: None if file is None else named(file) for name, file in files.items()}
     about |= {f"{name}_sha256": None if file is None else sha256(file) for name, file in files.items()}
-    images = ESCDPipeline(backbone, **loaded)(
+    pipe = ESCDPipeline(backbone, **loaded)
+    images = pipe(
         said["prompt"],
         negative_prompt=said["negative_prompt"],
         num_inference_steps=said["steps"],
@@ -226,6 +232,7 @@ def _generate(options: argparse.Namespace, _ending: Ending) -> None:
         num_images_per_prompt=len(seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images
+    said["guidance_scale"] = pipe.guidance_scale  # of this call, where none was given
     said |= {"first_seed": seeds[0], "images": len(seeds), "backbone": named(said["backbone"])}
     written = []
     for seed, image in zip(seeds, images, strict=True):

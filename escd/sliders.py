@@ -43,7 +43,7 @@ def render(
     appearance_strength: float = 1.0,
     seed: int = 0,
     steps: int = 25,
-    guidance_scale: float = 4.0,
+    guidance_scale: float | None = None,
 ) -> Image.Image:
     """One image of `pipe`; equal arguments give equal images. Raises what the pipeline raises."""
     return pipe(

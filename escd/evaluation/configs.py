@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ..backbone.parts import NO_PART
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
+from ..method.guidance import PLAIN_SCALE, default_scale
 from .autoencoder import IMAGE_SETS
 from .references import REAL_LISTS, References
 
@@ -24,7 +25,8 @@ class SamplingConfig:
     # Seed of the first image's noise; image i has seed + i.
     seed: int = 0
     sampler_steps: int = 25
-    guidance_scale: float = 4.0
+    guidance_scale: float = PLAIN_SCALE
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +161,9 @@ def configs(
     for reference in listed:
         for attribute in attributes:
             base = StudyConfig(
-                attribute, reference.id, "floor", list=listed.name, backbone=backbone, seed=seed
-            )
+                attribute, reference.id, "floor", list=listed.name, backbone=backbone, seed=seed,
+                guidance_scale=default_scale([attribute]),
+            )  # fmt: skip
             learnt = [word[attribute], *(tunings[attribute, part] for part in parts)]
             grid += [base, *(replace(base, kind="customized", tuning=tuning) for tuning in learnt)]
             grid.append(replace(base, kind="ceiling"))
@@ -172,8 +175,9 @@ def configs(
     if composition and {"encoder", "decoder"} <= set(parts) and {"shape", "appearance"} <= set(attributes):
         for reference, following in zip(listed, [*[*listed][1:], listed[0]], strict=True):
             pair = CompositionConfig(
-                reference.id, following.id, "floor", list=listed.name, backbone=backbone, seed=seed
-            )
+                reference.id, following.id, "floor", list=listed.name, backbone=backbone, seed=seed,
+                guidance_scale=default_scale(ATTRIBUTES),
+            )  # fmt: skip
             grid += [pair, replace(pair, kind="ceiling")]
             grid += [replace(pair, kind=kind) for kind in ("lossless", "flat") if real]
             for one, other in (("encoder", "decoder"), ("decoder", "encoder")):
@@ -191,7 +195,7 @@ def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -
         for attribute in ATTRIBUTES:
             full = RankConfig(
                 attribute, reference.id, TuningConfig.of(attribute, seed=seed), None,
-                list=listed.name, backbone=backbone, seed=seed,
+                list=listed.name, backbone=backbone, seed=seed, guidance_scale=default_scale([attribute]),
             )  # fmt: skip
             grid += [full, *(replace(full, rank=rank) for rank in RANKS), replace(full, exportable=True)]
     return grid

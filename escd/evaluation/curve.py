@@ -28,6 +28,7 @@ from ..ending import run_command
 from ..loading import load_backbone
 from ..method.config import TuningConfig
 from ..method.fusion import AttributeFilter
+from ..method.guidance import default_scale
 from .autoencoder import autoencoder_scores, image_sets
 from .configs import ObedienceConfig, SamplingConfig, StudyConfig
 from .references import load_references
@@ -74,14 +75,26 @@ def score_checkpoint(config: CurveConfig, folder: Path) -> dict[str, Any]:
     the shipped filters are trained on another UNet's features.
     """
     study = Study(backbones={config.backbone: _backbone(config.backbone, folder)})
-    same = {name: getattr(config, name) for name in ("backbone", "seed", "sampler_steps", "guidance_scale")}
-    obeyed = study.score(ObedienceConfig(prompts=config.prompts, **same))
+    same = {name: getattr(config, name) for name in ("backbone", "seed", "sampler_steps")}
+    obeyed = study.score(
+        ObedienceConfig(prompts=config.prompts, guidance_scale=config.guidance_scale, **same)
+    )
     metrics: dict[str, Any] = {"obeyed": {k: v for k, v in obeyed.items() if not k.startswith("by_")}}
     few = list(load_references(which="development"))[: config.references]
     for name, wanted, unwanted in SCORED if few else ():
         tuning = TuningConfig.of(name, seed=config.seed)
         rows = [
-            study.score(StudyConfig(name, one.id, "customized", tuning, list="development", **same))
+            study.score(
+                StudyConfig(
+                    name,
+                    one.id,
+                    "customized",
+                    tuning,
+                    list="development",
+                    guidance_scale=default_scale([name]),
+                    **same,
+                )
+            )
             for one in few
         ]
         metrics[name] = {

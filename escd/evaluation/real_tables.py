@@ -99,12 +99,19 @@ def real_tables(results: Iterable[records.Record]) -> dict[str, dict[str, Row]]:
     if len(lists) > 1:
         raise ValueError(f"these records are on the lists {' and '.join(lists)}: make a table of each")
     runs, floors = by_arm(real, _mode)
-    make = {"appearance": _appearance, "both": _pair}
     return {
-        mode: {arm: make.get(mode, _shape)(of_arm, floors) for arm, of_arm in runs[mode].items()}
+        mode: {arm: row_of(of_arm, floors) for arm, of_arm in runs[mode].items()}
         for mode in MODES
         if mode in runs
     }
+
+
+def row_of(runs: Runs, floors: dict[Any, Metrics]) -> Row:
+    """The row of one arm's runs; `floors`: the metrics of each floor by its config."""
+    config = runs[0][0]
+    if isinstance(config, CompositionConfig):
+        return _pair(runs, floors)
+    return (_appearance if config.attribute == "appearance" else _shape)(runs, floors)
 
 
 def _mode(config: StudyConfig | CompositionConfig) -> str:
@@ -193,6 +200,7 @@ ARMS = {
 }
 OBEYED = {
     "appearance": ("shape", "background"),
+    "shape": ("pattern", "colours", "background"),
     "shape, filled": ("pattern", "colours", "background"),
     "shape, pierced": ("pattern", "colours", "background"),
     "both": ("background",),
@@ -209,10 +217,11 @@ HEADS = {
 
 def markdown(tables: dict[str, dict[str, Row]]) -> str:
     """The tables in Markdown, one after the other."""
-    return "\n\n".join(_markdown(mode, rows) for mode, rows in tables.items())
+    return "\n\n".join(markdown_table_of(mode, rows) for mode, rows in tables.items())
 
 
-def _markdown(mode: str, rows: dict[str, Row]) -> str:
+def markdown_table_of(mode: str, rows: dict[str, Row]) -> str:
+    """The table of one mode (of MODES, or an attribute), its rows by arm or name."""
     heads = [mode, *HEADS[mode.split(",")[0]], *OBEYED[mode], "no foreground", "pictures"]
     lines = []
     for arm in sorted(rows, key=_order):

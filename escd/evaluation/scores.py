@@ -15,6 +15,7 @@ from ..data import foreground, patterns
 from ..data.names import COLOUR_RGB, COLOURS, PATTERNS, SHAPES, SIZE
 from ..data.random import CounterRNG
 from ..method.attributes import ATTRIBUTES
+from ..method.guidance import PLAIN_SCALE
 from ..method.pipeline import ESCDPipeline
 from . import measure, texture
 from .judges import Judges, load_judges, obeyed
@@ -88,7 +89,7 @@ def _nearest(distance: Callable, look: measure.Appearance, candidates: Sequence[
 def score_customization(
     pipe: ESCDPipeline, prompts: Sequence[Prompt], shape: Reference, appearance: Reference,
     listed: References, judges: Judges, *, seed: int = 0, sampler_steps: int = 25,
-    guidance_scale: float = 4.0,
+    guidance_scale: float = PLAIN_SCALE, guidance_rescale: float = 0.0,
 ) -> dict[str, list]:  # fmt: skip
     """Generate one image per prompt with a pipeline and score them (`score_images`).
 
@@ -99,12 +100,17 @@ def score_customization(
     for attribute in ATTRIBUTES.values():
         if attribute.token not in pipe.customizations:
             texts = [text.replace(attribute.token, attribute.word) for text in texts]
-    images = generate(pipe, texts, seed, sampler_steps, guidance_scale)
+    images = generate(pipe, texts, seed, sampler_steps, guidance_scale, guidance_rescale)
     return score_images(images, prompts, shape, appearance, listed, judges)
 
 
 def generate(
-    pipe: ESCDPipeline, prompts: Sequence[str], seed: int, sampler_steps: int, guidance_scale: float
+    pipe: ESCDPipeline,
+    prompts: Sequence[str],
+    seed: int,
+    sampler_steps: int,
+    guidance_scale: float,
+    guidance_rescale: float = 0.0,
 ) -> Tensor:
     """One image per prompt, (N, 3, H, W) in [-1, 1]; image i starts from the noise of seed + i."""
     images = []
@@ -115,6 +121,7 @@ def generate(
             part,
             num_inference_steps=sampler_steps,
             guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
             generator=noise,
             output_type="pt",
         )
@@ -164,12 +171,14 @@ def oracle_images(
 
 def prompt_obedience(
     backbone: Backbone, n: int = 512, seed: int = 0, *, judges: Judges | None = None,
-    sampler_steps: int = 25, guidance_scale: float = 4.0,
+    sampler_steps: int = 25, guidance_scale: float = PLAIN_SCALE, guidance_rescale: float = 0.0,
 ) -> dict[str, Any]:  # fmt: skip
     """Share of `n` random prompts that one image each obeys: by attribute, and in all attributes at once."""
     prompts = named_prompts(n, seed)
     pipe = quiet(ESCDPipeline(backbone))
-    images = generate(pipe, [one.text for one in prompts], seed, sampler_steps, guidance_scale)
+    images = generate(
+        pipe, [one.text for one in prompts], seed, sampler_steps, guidance_scale, guidance_rescale
+    )
     judged = (judges or load_judges())(images)
     names = ("shape", "pattern", "colours", "background")
     right = obeyed(judged, **{name: [getattr(one, name) for one in prompts] for name in names})

@@ -193,6 +193,7 @@ class Study:
         return score_customization(
             quiet(ESCDPipeline(backbone, **learnt)), prompts, shape, appearance, listed, self.judges(),
             seed=config.seed, sampler_steps=config.sampler_steps, guidance_scale=config.guidance_scale,
+            guidance_rescale=config.guidance_rescale,
         )  # fmt: skip
 
     def learn(
@@ -209,6 +210,7 @@ class Study:
         return prompt_obedience(
             self.backbone(config.backbone), config.prompts, config.seed, judges=self.judges(),
             sampler_steps=config.sampler_steps, guidance_scale=config.guidance_scale,
+            guidance_rescale=config.guidance_rescale,
         )  # fmt: skip
 
     def _score_autoencoder(self, config: AutoencoderConfig) -> dict[str, Any]:

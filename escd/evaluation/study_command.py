@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,21 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.references is not None:
         listed = replace(listed, references=listed.references[: arguments.references])
     grid = grid_of(listed, arguments)
+    run_missing(study, grid, stored)
+    if state.is_main_process:
+        results = (records.get(c, folder=stored, inputs=study.inputs(c)) for c in grid)
+        if listed.name in REAL_LISTS:
+            print(real_tables.markdown(real_tables.real_tables(results)))
+        else:
+            print(tables.show(tables.table(results)))
+
+
+def run_missing(study: Study, grid: Sequence[Any], stored: Path) -> None:
+    """Make the records of a grid that `stored` lacks, shared out among the processes of `accelerate launch`.
+
+    Says on stderr how many are missing and how long they take; returns when all processes are done.
+    """
+    state = PartialState()
     if state.is_main_process:
         missing = records.missing(grid, study.inputs, folder=stored)
         seconds = estimate.seconds(missing, study.device, stored)
@@ -43,12 +59,6 @@ def main(argv: list[str] | None = None) -> None:
     for config in tqdm(mine, unit="run", disable=not state.is_local_main_process):
         study.run(config, stored)
     state.wait_for_everyone()
-    if state.is_main_process:
-        results = (records.get(c, folder=stored, inputs=study.inputs(c)) for c in grid)
-        if listed.name in REAL_LISTS:
-            print(real_tables.markdown(real_tables.real_tables(results)))
-        else:
-            print(tables.show(tables.table(results)))
 
 
 def grid_of(listed: References, arguments: argparse.Namespace) -> list[Any]:

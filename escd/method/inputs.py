@@ -77,9 +77,9 @@ def _require_at_most(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at most {MOST}, not {value}")
 
 
-def require_output(guidance_scale: float, output_type: str) -> None:
+def require_output(guidance_scale: float | None, output_type: str) -> None:
     """Raise ValueError for a guidance scale that is no number from 0 on, or an unknown output type."""
-    if not is_from_zero_on(guidance_scale):
+    if guidance_scale is not None and not is_from_zero_on(guidance_scale):
         raise ValueError(f"guidance_scale must be a number from 0 on, not {guidance_scale!r}")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"unknown output_type {output_type!r}; known: {', '.join(OUTPUT_TYPES)}")

@@ -33,6 +33,7 @@ from .customization import (
     require_fit,
     save_customizations,
 )
+from .guidance import scales_of
 from .inputs import (
     negatives_for,
     require_counts,
@@ -200,7 +201,7 @@ class ESCDPipeline(
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         shape_strength: float = 1.0,
         appearance_strength: float = 1.0,
         strengths: Mapping[str, float] | None = None,
@@ -221,9 +222,10 @@ class ESCDPipeline(
 
         `strengths` maps the names of further attributes to their strengths (default 1). `height` and `width`
         are in pixels, by default the backbone's. `latents` (B, C, h, w) takes the place of drawn noise.
-        Guidance is at work above a scale of 1; `guidance_rescale` scales that share of it back to the
-        deviation it has without guidance (Lin et al. 2023). `clip_skip` leaves out so many of the text
-        encoder's last layers. `output_type`: "pil", "np", "pt" or "latent".
+        Guidance is at work above a scale of 1; None is each prompt's default (`default_scale`).
+        `guidance_rescale` scales that share of it back to the deviation it has without guidance (Lin et al.
+        2023). `clip_skip` leaves out so many last layers of the text encoder. `output_type`: "pil", "np",
+        "pt" or "latent".
 
         `prompt_embeds` and `negative_prompt_embeds` (B, L, D), of any length L, take the place of prompts:
         `encode_prompt` makes them, and what is longer than the text encoder reads, or weighted, is put
@@ -247,16 +249,17 @@ class ESCDPipeline(
         require_counts(num_inference_steps, num_images_per_prompt)
         require_sides(height, width, self.backbone.vae_scale)
         require_output(guidance_scale, output_type)
-        guidance_scale = float(guidance_scale)
         require_text_options(self.text_encoder.config.num_hidden_layers, clip_skip, guidance_rescale)
         tensor_inputs = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         texts = {k: [x for x in each for _ in range(num_images_per_prompt)] for k, each in texts.items()}
         scale, count = self.backbone.vae_scale, len(texts["prompt_embeds"])
         shape = (count, self.unet.config.in_channels, height // scale, width // scale)
         x_T = self._noise(shape, generator, latents, self._execution_device)  # (B, C, h, w)
-        call = Call(guidance_scale, guidance_rescale, clip_skip)
+        active = {t: c.attribute for t, c in self.customizations.items() if strength_of[t] != 0}
+        scales = scales_of(texts["prompt_embeds"], active, guidance_scale, self.backbone)
+        call = Call(max(scales), guidance_rescale, clip_skip)
         with self._running(call):
-            groups = self._groups(texts, strength_of, x_T, generator, num_inference_steps, call)
+            groups = self._groups(texts, strength_of, x_T, generator, num_inference_steps, call, scales)
             call.num_timesteps = len(groups[0].scheduler.timesteps)
             with self.progress_bar(total=len(groups) * num_inference_steps) as progress:
                 denoise(groups, self, call, callback_on_step_end, tensor_inputs, progress)
@@ -264,7 +267,7 @@ class ESCDPipeline(
             for group in groups:
                 x_0[group.rows] = group.x_t.to(x_0.dtype)
             used = {f"strength of {self.customizations[t].attribute.name}": s for t, s in strength_of.items()}
-            images = decoded(self.vae, x_0, output_type, used | {"guidance_scale": guidance_scale})
+            images = decoded(self.vae, x_0, output_type, used | {"guidance_scale": call.guidance_scale})
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _tensor_inputs(self, callback: object, names: Sequence[str]) -> Sequence[str]:
@@ -295,13 +298,15 @@ class ESCDPipeline(
         generator: Generator | list[Generator] | None,
         steps: int,
         call: Call,
+        scales: Sequence[float],
     ) -> list[Group]:
-        """The rows of a batch in groups that need the same weights of the UNet."""
+        """The rows of a batch in groups that need the same weights of the UNet and the same guidance."""
         device, pseudo_words = self._execution_device, self._pseudo_words(strength_of)
         names = list(texts) if call.guidance_scale > 1 else ["prompt_embeds"]
         groups: list[Group] = []
         weights: dict[tuple, Tensor] = {}
-        for tokens, rows in self._rows_of(texts["prompt_embeds"], strength_of).items():
+        together = self._rows_of(texts["prompt_embeds"], strength_of, scales)
+        for (tokens, guidance_scale), rows in together.items():
             changes = [(self.customizations[token], strength_of[token]) for token in tokens]
             asked = {name: [texts[name][i] for i in rows] for name in names}
             unet = customized(self.unet, changes, weights)
@@ -313,7 +318,7 @@ class ESCDPipeline(
                 x_t=x_T[rows] * scheduler.init_noise_sigma,
                 embeds=self._embeds(asked, pseudo_words, call.clip_skip, device),
                 generator=[generator[i] for i in rows] if isinstance(generator, list) else generator,
-                guidance_scale=call.guidance_scale,
+                guidance_scale=guidance_scale,
             )
             groups.append(group)
         return groups
@@ -391,14 +396,14 @@ class ESCDPipeline(
         }
 
     def _rows_of(
-        self, prompts: list[str] | list[Tensor], strength_of: Mapping[str, float]
-    ) -> dict[tuple[str, ...], list[int]]:
-        """The pseudo-words that change weights -> the rows of the prompts that have just these."""
+        self, prompts: list[str] | list[Tensor], strength_of: Mapping[str, float], scales: Sequence[float]
+    ) -> dict[tuple[tuple[str, ...], float], list[int]]:
+        """Pseudo-words that change weights, and guidance -> the rows of the prompts with just these."""
         changing = [t for t, c in self.customizations.items() if c.delta and strength_of[t] != 0]
-        rows: dict[tuple[str, ...], list[int]] = {}
-        for i, prompt in enumerate(prompts):
+        rows: dict[tuple[tuple[str, ...], float], list[int]] = {}
+        for i, (prompt, scale) in enumerate(zip(prompts, scales, strict=True)):
             standing = starred_words(prompt) if isinstance(prompt, str) else changing
-            rows.setdefault(tuple(t for t in changing if t in standing), []).append(i)
+            rows.setdefault((tuple(t for t in changing if t in standing), scale), []).append(i)
         return rows
 
     def _scheduler(self, steps: int, device: torch.device) -> diffusers.SchedulerMixin:

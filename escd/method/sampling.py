@@ -14,6 +14,8 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from torch import Generator, Tensor
 from tqdm import tqdm
 
+from .guidance import PLAIN_SCALE
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 
@@ -26,7 +28,7 @@ OF_XL = ("add_text_embeds", "add_time_ids")
 class Call:
     """What diffusers' callbacks read from a pipeline, and set, while it runs; each call has its own."""
 
-    guidance_scale: float = 4.0
+    guidance_scale: float = PLAIN_SCALE
     guidance_rescale: float = 0.0
     clip_skip: int | None = None
     num_timesteps: int = 0

@@ -7,7 +7,7 @@ README.md and `paper/numbers.tex`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -85,6 +85,14 @@ def _backbone_numbers() -> dict[str, str]:
     return values
 
 
+def _guidance(used: Iterable[records.Record]) -> str:
+    """The scale of guidance of the study's runs, of each attribute where they differ."""
+    scales = {r.config["attribute"]: r.config["guidance_scale"] for r in used if r.kind == "study"}
+    if len(set(scales.values())) == 1:
+        return f"{next(iter(scales.values())):g}"
+    return " and ".join(f"{scale:g} ({attribute})" for attribute, scale in scales.items())
+
+
 def _study_numbers() -> dict[str, str]:
     """Every arm of the study, and what the arms gain beside each other."""
     found = results()
@@ -93,7 +101,7 @@ def _study_numbers() -> dict[str, str]:
         "study.references": str(found.references),
         "study.prompts": str(len(one.metrics["prompts"])),
         "study.sampler_steps": str(one.config["sampler_steps"]),
-        "study.guidance": f"{one.config['guidance_scale']:g}",
+        "study.guidance": _guidance(found.used),
     }
     for mode in ("shape", "appearance"):
         for arm, row in arms_of(found, mode):

@@ -16,6 +16,7 @@ from ..evaluation.references import load_references
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
 from ..method.customization import Customization
+from ..method.guidance import PLAIN_SCALE, default_scale
 from ..method.pipeline import ESCDPipeline
 from ..records import Record
 from .canvas import pixels
@@ -35,7 +36,7 @@ class SheetConfig:
     backbone: str = "mini"
     seed: int = 0
     steps: int = 25
-    guidance_scale: float = 4.0
+    guidance_scale: float = PLAIN_SCALE
 
 
 def sheet(prompts: Sequence[str], shape: str | None = None, appearance: str | None = None) -> SheetConfig:
@@ -46,6 +47,9 @@ def sheet(prompts: Sequence[str], shape: str | None = None, appearance: str | No
         appearance,
         TuningConfig.of("shape") if shape else None,
         TuningConfig.of("appearance") if appearance else None,
+        guidance_scale=default_scale(
+            name for name, used in (("shape", shape), ("appearance", appearance)) if used
+        ),
     )
 
 
@@ -59,7 +63,7 @@ class ProcessConfig:
     backbone: str = "mini"
     seed: int = 0
     steps: int = 25
-    guidance_scale: float = 4.0
+    guidance_scale: float = PLAIN_SCALE
 
 
 def stored_images(config: SheetConfig | ProcessConfig) -> tuple[Record, list[np.ndarray]]:

@@ -27,6 +27,10 @@ HELD_OUT = 96  # images of each kind that are scored
 # Standard deviation of added latent channels, relative to the old ones: sampling decides them later, and they
 # take a smaller part of the loss.
 NEW_DEVIATION = 0.5
+# A decoder that is trained further reads latents with noise of up to these standard deviations on the old and
+# on the added channels, in units of the scaled latents: a UNet's samples are off by as much, and their noise
+# would show as grain.
+DECODER_NOISE = 0.1, 0.3
 GROUPS = 8
 # Constant beside the data in a normalisation group of the linear start: large against pixels in [-1, 1], so
 # that the group's variance, and so the gain, hardly depends on the image.
@@ -245,12 +249,20 @@ class AutoencoderLoss(nn.Module):
     def __init__(self, channels: int = LATENT_CHANNELS) -> None:
         super().__init__()
         self.vae = make_autoencoder(channels)
+        self.noise: Tensor | None = None  # (C, 1, 1); None: the decoder reads the latents as they are
+
+    def noised(self, latents: Tensor) -> Tensor:
+        """Latents (N, C, h, w) with noise, in each image of a share of `noise` that is drawn uniformly."""
+        if self.noise is None:
+            return latents
+        share = torch.rand(len(latents), 1, 1, 1, device=latents.device)
+        return latents + share * self.noise.to(latents) * torch.randn_like(latents)
 
     def forward(self, image: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # No gradients for a frozen encoder.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.vae.quant_conv.weight.requires_grad):
             posterior = self.vae.encode(image).latent_dist
-        decoded = self.vae.decode(posterior.sample()).sample.float()
+        decoded = self.vae.decode(self.noised(posterior.sample())).sample.float()
         error = decoded - image
         # Finite differences keep thin parts and texture, which the squared error alone blurs.
         edges = sum(error.diff(dim=d).abs().mean() for d in (-1, -2))
@@ -331,6 +343,8 @@ class AutoencoderStage:
             return
         self.module = AutoencoderLoss(vae.config.latent_channels).to(self.device)
         self.module.vae.load_state_dict(vae.state_dict())
+        of_added = torch.arange(vae.config.latent_channels)[:, None, None] >= LATENT_CHANNELS
+        self.module.noise = torch.where(of_added, *reversed(DECODER_NOISE)) / self.scaling
         for part in (self.module.vae.encoder, self.module.vae.quant_conv):
             part.requires_grad_(False)
 

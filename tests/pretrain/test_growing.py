@@ -7,7 +7,7 @@ from escd.data.names import PIERCED_SHARE, SHAPES, UNNAMED_APPEARANCES, VARIED_A
 from escd.data.random import CounterRNG
 from escd.data.textures import TEXTURES
 from escd.data.world import World
-from escd.pretrain.autoencoder import GrowingLoss, even_out, grow, make_autoencoder
+from escd.pretrain.autoencoder import AutoencoderLoss, GrowingLoss, even_out, grow, make_autoencoder
 from escd.pretrain.networks import grow_unet, make_unet
 
 
@@ -63,6 +63,17 @@ def test_channels_are_evened_out_without_changing_a_picture(small, images):
     wanted = 0.25 * covariance.diagonal()[:4].mean()
     assert torch.allclose(covariance[4:, 4:], wanted * torch.eye(6), atol=0.02 * float(wanted))
     assert covariance[4:, :4].abs().max() < 0.02 * wanted.sqrt() * covariance.diagonal()[:4].max().sqrt()
+
+
+def test_a_decoder_reads_each_image_with_noise_of_its_own_up_to_the_channels_deviation():
+    loss, latents = AutoencoderLoss(3), torch.zeros(64, 3, 16, 16)
+    assert loss.noised(latents) is latents
+    loss.noise = torch.tensor([0.0, 0.1, 1.0])[:, None, None]
+    torch.manual_seed(0)
+    deviation = loss.noised(latents).std((2, 3))  # (N, C)
+    share = deviation[:, 2]
+    assert (deviation[:, 0] == 0).all() and torch.allclose(deviation[:, 1], 0.1 * share, atol=0.02)
+    assert share.min() < 0.1 and 0.9 < share.max() < 1.1 and 0.4 < share.mean() < 0.6
 
 
 def test_growing_is_held_to_the_old_channels(small, images):

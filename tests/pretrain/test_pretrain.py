@@ -35,6 +35,7 @@ from escd.paper.results import STAGES
 from escd.pretrain import loop
 from escd.pretrain import unet as unet_module
 from escd.pretrain.autoencoder import (
+    DECODER_NOISE,
     MOST_CHANNELS,
     AutoencoderLoss,
     AutoencoderStage,
@@ -744,9 +745,15 @@ def test_the_autoencoder_goes_on_with_its_decoder_alone(tmp_path, monkeypatch):
     shutil.copytree(WEIGHTS / "vae", tmp_path / "vae")
     (tmp_path / "training.json").write_text((WEIGHTS / "training.json").read_text())
 
+    stages = []
+
+    def make(device):
+        stages.append(Small(device, tmp_path))
+        return stages[-1]
+
     for images in (16, 32):  # the second is resumed
         train(
-            lambda device: Small(device, tmp_path),
+            make,
             weights=tmp_path,
             images=images,
             progress=False,
@@ -759,6 +766,8 @@ def test_the_autoencoder_goes_on_with_its_decoder_alone(tmp_path, monkeypatch):
         assert changed == {"decoder", "post_quant_conv"}
     configs = [json.loads((f / "vae/config.json").read_text()) for f in (WEIGHTS, tmp_path)]
     assert configs[0]["scaling_factor"] == configs[1]["scaling_factor"]
+    for stage in stages:  # a sampled latent is off by more than an encoded one
+        assert (stage.module.noise * configs[0]["scaling_factor"] == DECODER_NOISE[0]).all()
 
 
 def test_an_autoencoder_that_was_killed_after_it_exported_goes_on_growing(tmp_path, monkeypatch):
