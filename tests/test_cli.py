@@ -28,6 +28,12 @@ from escd.ending import Ending
 from escd.method.customization import steps_of
 
 
+@pytest.fixture(autouse=True)
+def few_views(monkeypatch) -> None:
+    """How well something is learnt here does not matter."""
+    monkeypatch.setattr("escd.method.config.VIEWS", {"shape": 4, "appearance": 4})
+
+
 @pytest.fixture
 def picture(tmp_path) -> Path:
     image = Image.new("RGB", (40, 30), "white")
