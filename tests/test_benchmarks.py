@@ -2,6 +2,7 @@
 
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,8 +97,12 @@ def test_tuning_cost(capsys, monkeypatch, tmp_path):
     arguments = ["--size", "small", "--pixels", "64", "--rounds", "1", "--steps", "1", "--device", "cpu"]
     chosen = ["--dtype", "float32", "--threads", "1", "--methods", "shape", "appearance, encoder"]
     monkeypatch.setattr("sys.argv", ["tuning_cost.py", *arguments, *chosen, "--records", str(tmp_path)])
-    run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda words, **how: run([*warm.python(), *words[1:]], **how))
+    run, python = subprocess.run, [sys.executable]
+
+    def warmed(command, **options):
+        return run([*(warm.python() if command[:1] == python else command[:1]), *command[1:]], **options)
+
+    monkeypatch.setattr(subprocess, "run", warmed)
     runpy.run_path(str(FOLDER / "tuning_cost.py"), run_name="__main__")
     (record,) = records.all("tuning_cost", folder=tmp_path)
     assert {len(rounds) for rounds in record.metrics["rounds"].values()} == {1}

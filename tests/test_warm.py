@@ -27,6 +27,7 @@ def test_arguments_folder_streams_environment_and_status_are_those_of_a_new_proc
     (tmp_path / "beside.py").write_text("word = 'beside'\n")
     (tmp_path / "program.py").write_text(
         "import os, sys, beside\n"
+        "sys.stdout.reconfigure(errors='backslashreplace')\n"
         "print(sys.argv, os.getcwd(), os.environ, __name__, beside.word, sys.stdin.read())\n"
         "sys.exit('no')\n"
     )
