@@ -127,7 +127,7 @@ def begin(streams: list[int], folder: str, environment: dict[str, str], argument
     os.environ.clear()
     os.environ.update(environment)
     paths = environment.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[1:1] = [path for path in paths if path and path not in sys.path]
+    sys.path[1:1] = [path for path in paths if path and path not in sys.path[1:]]
     sys.argv = arguments
 
 

@@ -590,7 +590,8 @@ def test_one_that_got_a_kill_9_ends_with_the_same_bits(uninterrupted, tmp_path):
     environment = os.environ | {"ESCD_RUNS": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
     command = [*warm.python(), "-c", program]
     running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    process = int(running.stdout.readline())
+    with running.stdout:
+        process = int(running.stdout.readline())
     drawn = tmp_path / "pretrain" / "drawing" / "00000072.png"  # the first of six evaluations
     while not drawn.exists():
         assert running.poll() is None, "it ended before it was killed"
