@@ -31,6 +31,7 @@ from test_pretrain import Toy  # noqa: E402
 from escd import records  # noqa: E402
 from escd.backbone.folder import save_backbone  # noqa: E402
 from escd.commands import main as escd  # noqa: E402
+from escd.method import config  # noqa: E402
 from escd.paper import draw, sheets, stems  # noqa: E402
 from escd.paper.canvas import Drawing, pixels  # noqa: E402
 from escd.pretrain import loop  # noqa: E402
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     random.seed(options.seed)
+    config.VIEWS["shape"] = 4
     torch.set_num_threads(1)  # a child of a process with threads has none of them
     with tempfile.TemporaryDirectory() as scratch:
         start = Path(scratch) / "start"

@@ -1,10 +1,13 @@
 """The benchmarks run; what they print depends on the machine."""
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from diffusers import UNet2DConditionModel
 
 from escd import records
@@ -63,7 +66,7 @@ for line in sys.stdin:
     assert rows[0].split()[-2] == "1.00x" and all(float(row.split()[-4].rstrip("s")) > 0 for row in rows)
 
 
-def test_pretraining(capsys, monkeypatch):
+def test_pretraining(capsys, monkeypatch, few_pictures):
     threads = torch.get_num_threads()
     arguments = ["--rounds", "1", "--batch", "16", "--threads", str(threads)]
     monkeypatch.setattr("sys.argv", ["pretraining.py", *arguments])
@@ -111,6 +114,12 @@ def test_tuning_cost(capsys, monkeypatch, tmp_path):
     arguments = ["--size", "small", "--pixels", "64", "--rounds", "1", "--steps", "1", "--device", "cpu"]
     chosen = ["--dtype", "float32", "--threads", "1", "--methods", "shape", "appearance, encoder"]
     monkeypatch.setattr("sys.argv", ["tuning_cost.py", *arguments, *chosen, "--records", str(tmp_path)])
+    run, python = subprocess.run, [sys.executable]
+
+    def warmed(command, **options):
+        return run([*(warm.python() if command[:1] == python else command[:1]), *command[1:]], **options)
+
+    monkeypatch.setattr(subprocess, "run", warmed)
     runpy.run_path(str(FOLDER / "tuning_cost.py"), run_name="__main__")
     (record,) = records.all("tuning_cost", folder=tmp_path)
     assert {len(rounds) for rounds in record.metrics["rounds"].values()} == {1}

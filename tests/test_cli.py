@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -25,6 +26,12 @@ from escd import ESCDPipeline, TuningConfig, customize, load_backbone, load_cust
 from escd.commands import _bytes_of, main
 from escd.ending import Ending
 from escd.method.customization import steps_of
+
+
+@pytest.fixture(autouse=True)
+def few_views(monkeypatch) -> None:
+    """How well something is learnt here does not matter."""
+    monkeypatch.setattr("escd.method.config.VIEWS", {"shape": 4, "appearance": 4})
 
 
 @pytest.fixture
@@ -188,7 +195,7 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, picture, here, 
 
 
 def test_as_a_command(here):
-    command = [sys.executable, "-m", "escd", "customize", "none.png", "--attribute", "shape"]
+    command = [*warm.python(), "-m", "escd", "customize", "none.png", "--attribute", "shape"]
     root = Path(__file__).parents[1]
     ran = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(root)})
     assert ran.returncode == 2 and ran.stdout == ""

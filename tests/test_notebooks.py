@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import nbformat
 import papermill
 import pytest
+import warm
 from nbformat import NotebookNode
 from nbval import plugin
 
@@ -89,6 +89,15 @@ def differences(ran: NotebookNode, stored: NotebookNode) -> list[str]:
     return lines
 
 
+def jupyter(folder: Path) -> dict[str, str]:
+    """An environment in which a notebook's kernel is a process that has PyTorch imported when it begins."""
+    kernel = folder / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    command = [*warm.python(), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": command, "display_name": "Python 3", "language": "python"}))
+    return os.environ | {"JUPYTER_PATH": str(folder), "JUPYTER_PREFER_ENV_PATH": "1"}
+
+
 def run(name: str, parameters: dict[str, str], folder: Path) -> tuple[NotebookNode, float]:
     """Run a notebook with papermill from another folder than its own: the notebook as it ran, and seconds."""
     # papermill only warns of a name the notebook does not have, and exits with 0
@@ -96,15 +105,16 @@ def run(name: str, parameters: dict[str, str], folder: Path) -> tuple[NotebookNo
     if unknown := sorted(parameters.keys() - known.keys()):
         raise ValueError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
     RUN.mkdir(parents=True, exist_ok=True)
+    (elsewhere := folder / "elsewhere").mkdir()
     options = [item for pair in parameters.items() for item in ("-p", *pair)]
     start = time.perf_counter()
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(folder)),
+            *(*warm.python(), "-m", "papermill", "--no-progress-bar", "--cwd", str(elsewhere)),
             *("--execution-timeout", str(PATIENCE * SECONDS), *options),
             *(str(FOLDER / f"{name}.ipynb"), str(RUN / f"{name}.ipynb")),
         ],
-        env=os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"},
+        env=jupyter(folder),
         capture_output=True,
         text=True,
     )
@@ -213,11 +223,11 @@ def test_nbval_itself_agrees(tmp_path):
     """The notebook that takes least time, once more, by nbval's own command."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider"),
+            *(*warm.python(), "-m", "pytest", "--nbval-lax", "-q", "-p", "no:cacheprovider"),
             *("--rootdir", str(tmp_path), "-c", os.devnull, "--nbval-cell-timeout", "120"),
             str(FOLDER / "06_figures.ipynb"),
         ],
-        env=os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"},
+        env=jupyter(tmp_path),
         capture_output=True,
         text=True,
     )

@@ -22,6 +22,8 @@ from .loop import LoopConfig, psnr
 
 LATENT_CHANNELS = 4
 MOST_CHANNELS = 48  # values of a 4 x 4 patch
+FITTED = 512  # images that the linear start is fitted on
+HELD_OUT = 96  # images of each kind that are scored
 # Standard deviation of added latent channels, relative to the old ones: sampling decides them later, and they
 # take a smaller part of the loss.
 NEW_DEVIATION = 0.5
@@ -311,9 +313,10 @@ class AutoencoderStage:
         self.heavy: list[nn.Module] = []
         self.channels = channels
         self.world = World(seed=11, named_shapes=0.25, named_appearances=0.3, varied=True, device=device)
-        start_linear(self.module.vae, self.batch(10**6, 512).cpu())
+        start_linear(self.module.vae, self.batch(10**6, FITTED).cpu())
         unseen = World(seed=9011, split="heldout", named_shapes=0.4, named_appearances=0.4, device=device)
-        self.fixed = {"world": unseen.batch(range(96)).image, "frames": unseen.full_frames(range(96))}
+        held_out = range(HELD_OUT)
+        self.fixed = {"world": unseen.batch(held_out).image, "frames": unseen.full_frames(held_out)}
         self.device = device
 
     def load(self, folder: Path) -> None:

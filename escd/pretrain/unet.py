@@ -55,6 +55,8 @@ OLD_CHANNELS = "old_channels"  # key of the training record and of the stage's s
 REUSE = {"cpu": 4, "cuda": 4, "mps": 2}
 # Images kept for reuse, and rendered before the first step; multiples of QUARTET.
 BANK, BEGUN = 8_192, 512
+# Held-out images that the error is measured on (pseudo-words: half as many), and steps of a sampled image.
+HELD_OUT, SAMPLER_STEPS = 512, 15
 RINGS = ("latents", "outlines", "materials", "features")  # ring buffers with a row for each of these images
 # Shares of images whose shape, and whose appearance, has a name: these teach the prompt's words, the others
 # teach the UNet to draw what has no name, as a person's reference. Patterns take longer than outlines.
@@ -101,7 +103,7 @@ class UNetStage:
         self.captions: list[tuple[list[str], ...]] = [()] * BANK
         self.painted = self.steps = 0
         self.unseen = World(seed=9013, device=device)
-        b = self.unseen.batch(range(512))
+        b = self.unseen.batch(range(HELD_OUT))
         self.fixed = (self._encode(b.image), [c[0] for c in b.captions])
 
     def _frozen(self, folder: Path, unet: UNet2DConditionModel) -> Backbone:
@@ -267,7 +269,7 @@ class UNetStage:
         scores = {"mse": float(error.mean()), "mse_noisy": float(noisy.mean())}
         if added.numel():
             scores["mse_added"] = float(added.mean())
-        b = quartets(self.unseen, torch.arange(1 << 20, (1 << 20) + 256, device=self.device))
+        b = quartets(self.unseen, torch.arange(1 << 20, (1 << 20) + HELD_OUT // 2, device=self.device))
         x_0 = self._encode(b.image)
         read = self._features(b.image, x_0, 0)
         rows, by_image = torch.arange(len(x_0)), pair_captions(b)
@@ -294,12 +296,12 @@ class UNetStage:
         return squared_error(torch.cat(predicted), target).mean((2, 3))
 
     def sample(self, text: Tensor) -> Tensor:
-        """Images (N, 3, 64, 64) in [-1, 1] for text (N, L, D): 15 steps of DDIM, guidance 4, seed 0.
+        """Images (N, 3, 64, 64) in [-1, 1] for text (N, L, D), from DDIM with guidance 4 and seed 0.
 
         Without `ESCDPipeline`, whose batch size would compile a compiled UNet again.
         """
         scheduler = make_scheduler()
-        scheduler.set_timesteps(15)
+        scheduler.set_timesteps(SAMPLER_STEPS)
         noise = torch.Generator().manual_seed(0)
         x = torch.randn(len(text), *self.backbone.latent_shape, generator=noise).to(self.device)
         text = torch.cat([text, self.backbone.encode_prompt([""]).expand(len(text), -1, -1)])

@@ -8,6 +8,7 @@ import pytest
 
 from escd import records
 from escd.evaluation import curve
+from escd.evaluation.autoencoder import image_sets
 from escd.evaluation.curve import (
     CurveConfig,
     ReconstructionCurveConfig,
@@ -54,7 +55,9 @@ def test_points_are_in_the_order_of_the_training(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_of_the_autoencoder_is_scored_like_the_study(tmp_path, monkeypatch, capsys):
-    folder = curve.MODELS["mini"].folder
+    folder, sets = curve.MODELS["mini"].folder, image_sets()
+    few = {name: tuple(part[:16] for part in sets[name]) for name in ("world", "photographs")}
+    monkeypatch.setattr(curve, "image_sets", lambda: few | {"tiles": sets["tiles"]})
     metrics = score_autoencoder(ReconstructionCurveConfig(7), folder)
     (stored,) = [r for r in records.all("autoencoder") if r.config == {"images": "tiles", "backbone": "mini"}]
     assert metrics["tiles"]["psnr"] == pytest.approx(stored.metrics["psnr"], abs=0.01)

@@ -142,6 +142,7 @@ def test_what_a_spoilt_picture_shows_stays():
 def test_training_learns_resumes_and_exports(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(training.JudgeStage, "decoded", 0.0)
+    monkeypatch.setattr(training.JudgeStage, "begun", 128)
     monkeypatch.setattr(training.JudgeStage, "held_out", lambda stage, split: small(stage))
 
     def small(stage):

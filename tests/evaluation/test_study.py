@@ -53,21 +53,21 @@ SHORT = {"list": "development", "backbone": "tiny", "sampler_steps": 2}
 
 def test_prompts_ask_for_something_else(listed):
     for reference in listed:
-        for one in prompts_for(reference, "shape"):
+        asked = prompts_for(reference, "shape")
+        assert asked == prompts_for(reference, "shape")
+        colours, shapes = prompts.other_colours(reference.material.tile), prompts.other_shapes(reference.mask)
+        for one in asked:
             look = f"{one.pattern} {' and '.join(one.colours)}"
             assert one.text == f"a *m shape with {look} appearance on a {one.background} background"
             assert one.pattern in PATTERNS
-            assert set(one.colours) <= set(prompts.other_colours(reference.material.tile))
+            assert set(one.colours) <= set(colours)
             assert len(one.colours) == len(set(one.colours)) == (1 if one.pattern == "solid" else 2)
             assert one.background in BACKGROUNDS and one.background != reference.background
         asked = prompts_for(reference, "appearance")
         assert len({one.shape for one in asked}) == 4
         for one in asked:
-            assert (
-                one.shape in prompts.other_shapes(reference.mask) and one.background != reference.background
-            )
+            assert one.shape in shapes and one.background != reference.background
             assert "*a" in one.text and "*m" not in one.text
-        assert prompts_for(reference, "shape") == prompts_for(reference, "shape")
     assert prompts_for(listed[0], "shape") != prompts_for(listed[1], "shape")
     with pytest.raises(ValueError, match="not for 'mood'"):
         prompts_for(listed[0], "mood")

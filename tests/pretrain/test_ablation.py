@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from escd.method.attributes import ATTRIBUTES
 from escd.pretrain import ablation, loop
 from escd.pretrain.ablation import ARMS, AblationConfig, AblationStage, main, table
 from escd.pretrain.pairs import SAME_SHAPE
+
+pytestmark = pytest.mark.usefixtures("few_pictures")
 
 
 def test_a_run_trains_filters_alone_and_scores_them(tmp_path, monkeypatch):
@@ -27,6 +30,8 @@ def test_a_run_trains_filters_alone_and_scores_them(tmp_path, monkeypatch):
             self.before = {n: p.clone() for n, p in self.module.named_parameters()}
 
     monkeypatch.setattr(ablation, "AblationStage", Watched)
+    quick = partial(ablation.score_customization, sampler_steps=2)
+    monkeypatch.setattr(ablation, "score_customization", quick)
     config = ablation.AblationConfig("no tower", images=64, references=1)
     metrics = ablation.score(config)
     (stage,) = made

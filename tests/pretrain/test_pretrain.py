@@ -10,6 +10,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -63,9 +65,11 @@ from escd.pretrain.pairs import (
     quartets,
 )
 from escd.pretrain.towers import WIDTH, TowerLoss, load_text_tower, save_tokenizer, text_tower
-from escd.pretrain.unet import BEGUN, UNetStage
+from escd.pretrain.unet import UNetStage
 from escd.pretrain.vocabulary import WORDS, learn_merges, make_tokenizer
 from escd.pretrain.words import GROUNDS, WordLoss, draw_captions
+
+pytestmark = pytest.mark.usefixtures("few_pictures")
 
 
 def test_every_word_of_the_world_is_one_token(tmp_path):
@@ -109,7 +113,11 @@ def test_loading_a_frozen_text_tower_draws_no_random_numbers():
 
 def test_token_ids_do_not_depend_on_chance():
     # Each process of a distributed training makes its own vocabulary: if they differ, so do the words.
-    program = "from escd.pretrain.vocabulary import *; print(learn_merges(WORDS))"
+    program = (
+        "import sys, types\n"
+        "sys.modules['transformers'] = types.SimpleNamespace(CLIPTokenizer=None)\n"  # no part of it, and slow
+        "from escd.pretrain.vocabulary import *; print(learn_merges(WORDS))"
+    )
     merges = {
         subprocess.run(
             [sys.executable, "-c", program],
@@ -156,7 +164,7 @@ def test_the_stages_of_pretraining_learn_all_they_count():
 
 
 @pytest.fixture(scope="module")
-def unet_stage() -> UNetStage:
+def unet_stage(few_pictures) -> UNetStage:
     stage = UNetStage(torch.device("cpu"), WEIGHTS)
     stage.load(WEIGHTS)
     return stage
@@ -312,7 +320,7 @@ def test_workers_paint_ahead_what_the_stage_would_paint_itself():
         stage.batch(first + k * PORTION, PORTION)
         painted.append(stage.painted)
     new = [b - a for a, b in itertools.pairwise(painted)]
-    assert painted[0] == BEGUN and new == [0, 0, 0, PORTION, 0, 0, 0, PORTION]
+    assert painted[0] == unet_module.BEGUN and new == [0, 0, 0, PORTION, 0, 0, 0, PORTION]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a graph of kernels needs a GPU")
@@ -569,23 +577,27 @@ def test_one_that_goes_on_from_exported_weights_starts_from_those_of_its_beginni
 
 def test_one_that_got_a_kill_9_ends_with_the_same_bits(uninterrupted, tmp_path):
     program = (
-        "import time, test_pretrain as t; from pathlib import Path\n"
+        "import os, time, test_pretrain as t; from pathlib import Path\n"
         "class Slow(t.Drawing):\n"
         "    def batch(self, *given):\n"
         "        time.sleep(0.05)\n"
         "        return super().batch(*given)\n"
         "t.Drawing = Slow\n"
+        "print(os.getpid(), flush=True)\n"
         f"t.train_drawing(Path({str(tmp_path / 'weights')!r}))"
     )
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    paths = [str(Path(__file__).parents[k]) for k in range(3)]
     environment = os.environ | {"ESCD_RUNS": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
-    running = subprocess.Popen([sys.executable, "-c", program], env=environment)
+    command = [*warm.python(), "-c", program]
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    with running.stdout:
+        process = int(running.stdout.readline())
     drawn = tmp_path / "pretrain" / "drawing" / "00000072.png"  # the first of six evaluations
     while not drawn.exists():
         assert running.poll() is None, "it ended before it was killed"
         time.sleep(0.02)
-    running.kill()
-    running.wait()
+    os.kill(process, signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
     shutil.move(tmp_path / "pretrain", tmp_path / "runs")
     state = torch.load(tmp_path / "runs" / "drawing" / "state.pt", weights_only=True)
     assert 0 < state["progress"]["images"] < 400

@@ -15,6 +15,8 @@ from escd.pretrain.autoencoder import AutoencoderLoss, AutoencoderStage
 from escd.pretrain.trials import CHANGES, TrialConfig, loop_of, main
 from escd.pretrain.unet import UNetStage
 
+pytestmark = pytest.mark.usefixtures("few_pictures")
+
 CPU = torch.device("cpu")
 
 
@@ -28,7 +30,7 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def perceptual() -> trials.PerceptualLoss:
+def perceptual(few_pictures) -> trials.PerceptualLoss:
     return stage_of("autoencoder", "perceptual term").module
 
 
