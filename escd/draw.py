@@ -21,7 +21,9 @@ from .paper.figures import (
     transfer_examples,
 )
 from .paper.methods import methods_curve, methods_examples
-from .paper.stems import STEMS
+from .paper.stems import drawable
+
+STEMS = drawable()
 
 __all__ = [
     "FIGURES",

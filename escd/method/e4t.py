@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from ..backbone.model import Backbone
     from .config import TuningConfig
-    from .customization import Customization
 
 Texts = Mapping[str, Sequence[str | Tensor]]  # prompts, or embeddings in their place, by the argument's name
 
@@ -291,9 +290,16 @@ class LatentReader:
         return self.encode({token: read.at(features) for token, read in self.words.items()})
 
 
+class Encoded(Protocol):
+    """What is asked of a customization here: the tensors of its encoder, if it has one."""
+
+    @property
+    def encoder(self) -> dict[str, Tensor] | None: ...
+
+
 def latent_reader(
     asked: Texts,
-    customizations: Mapping[str, Customization],
+    customizations: Mapping[str, Encoded],
     pseudo_words: Mapping[str, Tensor],
     strength_of: Mapping[str, float],
     embeds: Callable[..., dict[str, Tensor]],
@@ -317,7 +323,7 @@ def latent_reader(
 
 
 def require_encodable(
-    texts: Texts, customizations: Mapping[str, Customization], strength_of: Mapping[str, float]
+    texts: Texts, customizations: Mapping[str, Encoded], strength_of: Mapping[str, float]
 ) -> None:
     """Raise ValueError where one of these texts has a pseudo-word that is read from the latents."""
     for token in _read_in(customizations, strength_of):
@@ -326,7 +332,7 @@ def require_encodable(
 
 
 def _read_in(
-    customizations: Mapping[str, Customization], strength_of: Mapping[str, float]
+    customizations: Mapping[str, Encoded], strength_of: Mapping[str, float]
 ) -> dict[str, dict[str, Tensor]]:
     """The pseudo-words in force that are read from the latents, and the tensors of their encoders."""
     return {

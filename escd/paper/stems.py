@@ -20,6 +20,11 @@ class Stem:
     missing: Callable[[], str | None] = lambda: None
 
 
+def drawable() -> dict[str, Stem]:
+    """The figures whose records exist."""
+    return {name: stem for name, stem in STEMS.items() if stem.missing() is None}
+
+
 def figure(
     notebook: str, missing: Callable[[], str | None] = lambda: None
 ) -> Callable[[Callable[[], Drawing]], Callable[[], Drawing]]:
