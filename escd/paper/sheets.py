@@ -12,7 +12,7 @@ from PIL import Image
 
 from .. import files, records
 from ..data.world import World
-from ..evaluation.references import load_references
+from ..evaluation.references import Reference, load_references
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
 from ..method.guidance import PLAIN_SCALE, default_scale
@@ -94,8 +94,13 @@ def drawable(config: SheetConfig | ProcessConfig) -> bool:
     """Whether the images of a config are stored, or need no tuning because all it shows is kept."""
     if not records.missing([config], _inputs):
         return True
-    return all(
-        study().knows(
+    return all(study().knows(*tuned) for tuned in _tuned(config))
+
+
+def _tuned(config: SheetConfig | ProcessConfig) -> list[tuple[str, Reference, TuningConfig, str]]:
+    """Of each customization that a config shows: attribute, reference, tuning and backbone."""
+    return [
+        (
             name,
             load_references(which=config.list)[reference],
             getattr(config, f"{name}_tuning"),
@@ -103,7 +108,7 @@ def drawable(config: SheetConfig | ProcessConfig) -> bool:
         )
         for name in ATTRIBUTES
         if (reference := getattr(config, name, None)) is not None
-    )
+    ]
 
 
 def _inputs(config: SheetConfig | ProcessConfig) -> dict[str, str]:
@@ -115,16 +120,7 @@ def _inputs(config: SheetConfig | ProcessConfig) -> dict[str, str]:
 
 
 def _pipeline(config: SheetConfig | ProcessConfig) -> ESCDPipeline:
-    learnt = {
-        attribute: study().learn(
-            attribute,
-            load_references(which=config.list)[reference],
-            getattr(config, f"{attribute}_tuning"),
-            config.backbone,
-        )
-        for attribute in ATTRIBUTES
-        if (reference := getattr(config, attribute, None)) is not None
-    }
+    learnt = {tuned[0]: study().learn(*tuned) for tuned in _tuned(config)}
     pipe = ESCDPipeline(study().backbone(config.backbone), **learnt)
     pipe.set_progress_bar_config(disable=True)
     return pipe

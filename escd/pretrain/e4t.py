@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torchvision.utils import save_image
 
 from ..backbone.diffusion import loss_weight, noised, squared_error
 from ..backbone.model import Backbone
@@ -24,10 +23,8 @@ from ..loading import load_backbone, read_backbone
 from ..method.attributes import ATTRIBUTES
 from ..method.baselines import METHODS, templates_for
 from ..method.e4t import E4T, latent_features, squared_length
-from ..method.pipeline import ESCDPipeline
 from ..method.step import autocast_dtype
-from ..method.tuning import customize
-from .filters import HELD_OUT, images_to_learn_from
+from .filters import HELD_OUT, images_to_learn_from, save_untuned
 from .loop import LoopConfig
 from .unet import NAMED_APPEARANCES, NAMED_SHAPES
 
@@ -186,21 +183,8 @@ class E4TStage:
 
     def grid(self, path: Path) -> None:
         """Rows: held-out images; images under each attribute's first prompt, at zero tuning steps."""
-        images = self.held_out[:4]
-        rows = [images.float().cpu()]
-        for name, attribute in ATTRIBUTES.items():
-            for image in images:
-                untuned = customize(image, attribute, self.backbone, method="e4t", steps=0)
-                pipe = ESCDPipeline(self.backbone, **{name: untuned})
-                pipe.set_progress_bar_config(disable=True)
-                drawn = pipe(
-                    self.prompts[name][0].format(attribute.token),
-                    num_inference_steps=15,
-                    generator=torch.Generator().manual_seed(0),
-                    output_type="pt",
-                ).images
-                rows.append(drawn.float().cpu() * 2 - 1)
-        save_image(torch.cat(rows) * 0.5 + 0.5, path, nrow=len(images))
+        prompts = {name: prompts[0] for name, prompts in self.prompts.items()}
+        save_untuned(path, self.backbone, self.held_out[:4], prompts, method="e4t")
 
     def export(self, folder: Path) -> None:
         """Write encoder and offsets, in half precision, to folder/e4t."""

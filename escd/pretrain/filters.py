@@ -8,6 +8,7 @@ prompt that names the rest.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from ..backbone.diffusion import loss_weight
+from ..backbone.model import Backbone
 from ..data.foreground import foreground_mask
 from ..data.images import image_files, open_image
 from ..loading import load_backbone
@@ -172,24 +174,34 @@ class FilterStage:
     def grid(self, path: Path) -> None:
         """Rows: held-out images; images with their shapes, with their appearances, at zero tuning steps."""
         images = torch.stack([self._open(file) for file in self.held_out[:4]])
-        rows = [images.float().cpu()]
-        for name, attribute in ATTRIBUTES.items():
-            for image in images:
-                untuned = customize(image, attribute, self.backbone, steps=0)
-                pipe = ESCDPipeline(self.backbone, **{name: untuned})
-                pipe.set_progress_bar_config(disable=True)
-                images_of = pipe(
-                    PROMPTS[name][0].format(attribute.token),
-                    num_inference_steps=15,
-                    generator=torch.Generator().manual_seed(0),
-                    output_type="pt",
-                ).images
-                rows.append(images_of.float().cpu() * 2 - 1)
-        save_image(torch.cat(rows) * 0.5 + 0.5, path, nrow=len(images))
+        prompts = {name: prompts[0] for name, prompts in PROMPTS.items()}
+        save_untuned(path, self.backbone, images, prompts)
 
     def export(self, folder: Path) -> None:
         """Write the filters."""
         self.module.export(folder)
+
+
+def save_untuned(
+    path: Path, backbone: Backbone, images: Tensor, prompts: Mapping[str, str], method: str | None = None
+) -> None:
+    """A grid of images (N, 3, H, W) in [-1, 1]; below, a row of each under each attribute's prompt, untuned.
+
+    "{}" in a prompt is the pseudo-word; method: as for `customize`.
+    """
+    rows = [images.float().cpu()]
+    for name, prompt in prompts.items():
+        for image in images:
+            pipe = ESCDPipeline(backbone, **{name: customize(image, name, backbone, method=method, steps=0)})
+            pipe.set_progress_bar_config(disable=True)
+            drawn = pipe(
+                prompt.format(ATTRIBUTES[name].token),
+                num_inference_steps=15,
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+            ).images
+            rows.append(drawn.float().cpu() * 2 - 1)
+    save_image(torch.cat(rows) * 0.5 + 0.5, path, nrow=len(images))
 
 
 def images_to_learn_from(folder: Path) -> list[Path]:
