@@ -83,11 +83,11 @@ def _key(config: Mapping[str, Any], config_class: type) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256(data: bytes | str | os.PathLike | np.ndarray | torch.Tensor) -> str:
+def sha256(data: bytes | str | os.PathLike | np.ndarray | torch.Tensor, without: str | None = None) -> str:
     """sha256 of a file or folder (given as a path), of bytes, or of an array's shape, type and contents.
 
     For a folder: over the names and contents of its weights and configs (safetensors, json), without
-    `training.json`, which describes their training.
+    `training.json`, which describes their training, and without its subfolder `without`.
     """
     if isinstance(data, bytes):
         return hashlib.sha256(data).hexdigest()
@@ -103,7 +103,7 @@ def sha256(data: bytes | str | os.PathLike | np.ndarray | torch.Tensor) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
     for file in sorted([*path.rglob("*.safetensors"), *path.rglob("*.json")]):
-        if file.name != "training.json":
+        if file.name != "training.json" and file.relative_to(path).parts[0] != without:
             digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
     return digest.hexdigest()
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +156,8 @@ def key_of(
         "code": code_sha256(),
         "platform": records.platform_of(backbone.device),
     }
+    if config.needs_e4t and backbone.e4t is not None:
+        made_from["e4t"] = networks_sha256({"e4t": backbone.e4t})
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
@@ -166,11 +169,16 @@ def sha256_of(customization: Customization) -> str:
 
 
 def weights_sha256(backbone: Backbone) -> str:
-    """sha256 of a backbone's networks (with the attribute filters), tokenizer and scheduler."""
+    """sha256 of a backbone's networks (filters included, E4T's left out), tokenizer and scheduler."""
     # "model" is the vocabulary and the merges; it leaves out pseudo-words that were added later.
     tokenizer = json.loads(backbone.tokenizer.backend_tokenizer.to_str())["model"]
-    digest = hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode())
-    parts = backbone.modules | {"scheduler": backbone.scheduler}
+    parts = {name: part for name, part in backbone.modules.items() if name != "e4t"}
+    return networks_sha256(parts | {"scheduler": backbone.scheduler}, json.dumps(tokenizer, sort_keys=True))
+
+
+def networks_sha256(parts: Mapping[str, Any], beginning: str = "") -> str:
+    """sha256 over `beginning`, and over the configs and tensors of networks (and a scheduler) by name."""
+    digest = hashlib.sha256(beginning.encode())
     for name, part in sorted(parts.items()):
         # The config holds values that are not weights, such as the autoencoder's scaling factor.
         config = dict(part.config) if isinstance(part.config, Mapping) else {}

@@ -129,6 +129,9 @@ class Study:
         shipped = model is not None and model.folder is not None
         weights = shipped_weights(config.backbone) if shipped else self.weights(config.backbone)
         inputs = {f"backbone {config.backbone}": weights}
+        if any(isinstance(each, TuningConfig) and each.needs_e4t for each in vars(config).values()):
+            e4t = self.backbone(config.backbone).e4t
+            inputs["E4T"] = "none" if e4t is None else kept.networks_sha256({"e4t": e4t})
         if not isinstance(config, AutoencoderConfig):
             inputs["judges"] = _sha256(paths.WEIGHTS / "judges")
         if isinstance(config, ListConfig):
@@ -254,10 +257,13 @@ def _folder(folder: str | Path, twenty: int) -> References:
 
 
 def shipped_weights(backbone: str) -> str:
-    """sha256 of the files of a backbone that ships with the package."""
+    """sha256 of the files of a backbone that ships with the package, without E4T's.
+
+    What E4T pretrained is an input of E4T's own runs alone.
+    """
     return _sha256(MODELS[backbone].folder)
 
 
 @cache
 def _sha256(folder: Path) -> str:
-    return records.sha256(folder)
+    return records.sha256(folder, without="e4t")

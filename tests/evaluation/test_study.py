@@ -25,6 +25,7 @@ from escd.evaluation.references import load_references
 from escd.evaluation.silhouettes import named_outlines
 from escd.loading import load_backbone
 from escd.method.config import TuningConfig
+from escd.method.e4t import E4T
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,49 @@ def test_other_filters_are_other_inputs(made, listed, backbone):
     backbone.filters["shape"].fuse[-1].weight.data += 0.01
     after = study.Study(backbones={"tiny": backbone}).inputs(config)
     assert {name for name in before if before[name] != after[name]} == {"backbone tiny"}
+
+
+def test_what_e4t_pretrained_is_an_input_of_its_own_runs_alone(made, listed, backbone, tmp_path):
+    reads = TuningConfig(
+        attribute="shape", recipe="shape", part="all", steps=1, learning_rate=1e-4, latent_encoder=True
+    )
+    plain = TuningConfig.of("shape", steps=2)
+    configs = [StudyConfig("shape", listed[0].id, "customized", each, **SHORT) for each in (plain, reads)]
+
+    inputs, keys = [], []
+
+    def look():
+        weights = study.kept.weights_sha256(backbone)
+        inputs.append([study.Study(backbones={"tiny": backbone}).inputs(config) for config in configs])
+        keys.append([
+            study.kept.key_of("shape", listed[0], tuning, backbone, weights) for tuning in (plain, reads)
+        ])  # fmt: skip
+
+    look()
+    backbone.e4t = E4T.for_backbone(backbone)
+    look()
+    backbone.e4t.encoder.final.weight.data += 0.01
+    look()
+    of_plain, of_e4t = zip(*inputs, strict=True)
+    assert "E4T" not in of_plain[0] and of_plain[0] == of_plain[1] == of_plain[2]
+    assert len({each["E4T"] for each in of_e4t}) == 3
+    of_plain, of_e4t = zip(*keys, strict=True)
+    assert len(set(of_plain)) == 1 and len(set(of_e4t)) == 3
+
+
+def test_the_shipped_weights_hash_leaves_e4t_out(tmp_path, monkeypatch):
+    for name in ("unet", "e4t"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    folder = dataclasses.replace(study.MODELS["mini"], folder=tmp_path)
+    monkeypatch.setattr(study, "MODELS", {"mini": folder})
+    hashes = []
+    for name in ("unet", "e4t", "unet"):
+        study._sha256.cache_clear()
+        hashes.append(study.shipped_weights("mini"))
+        (tmp_path / name / "config.json").write_text('{"changed": 1}')
+    study._sha256.cache_clear()
+    assert hashes[0] != hashes[1] == hashes[2] == study.shipped_weights("mini")
 
 
 def test_the_floor_is_the_untouched_backbone(made, listed, backbone):
