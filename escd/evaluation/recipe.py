@@ -2,6 +2,7 @@
 
 A trial is how an attribute is tuned and how its images are generated. All trials of an attribute learn the
 same development references; no evaluation reference has a say in a recipe. `tables` compares the records.
+"160 steps" in a name of an appearance's trial: at true scale, noise around -1.5, 160 steps of 8 views.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .study import Study
 from .study_command import run_missing
 
 LIST = "real-development"
-REFERENCES = 8
+# Four images each: 16 images to a trial.
+REFERENCES = 4
 
 
 @dataclass(frozen=True)
@@ -72,34 +74,50 @@ START: dict[str, dict[str, Any]] = {
 _SCALED = {"true_scale": True}
 _LATE = _SCALED | {"noise_level": -1.5}
 _LONG = _LATE | {"steps": 160}
+# Stronger guidance takes texture away, so what only texture tells apart is tried at this scale.
+_WEAK = {"guidance_scale": 2.0}
 
 
-def _sampled(attribute: str, name: str, tuning: Mapping[str, Any], plain: bool = True) -> list[Trial]:
-    """A tuning at several scales of guidance; `plain`: also at the first trial's."""
+def _sampled(attribute: str, name: str, tuning: Mapping[str, Any]) -> list[Trial]:
+    """A tuning at the first trial's guidance, at weaker guidance, and with the first one rescaled."""
     scales: list[tuple[str, dict[str, float]]] = [
-        (f"guidance {scale:g}", {"guidance_scale": scale}) for scale in (3.0, 2.0, 1.5)
+        (f"{name}, guidance {scale:g}", {"guidance_scale": scale}) for scale in (3.0, 2.0, 1.5)
     ]
-    scales.append(("guidance 4, rescaled by 0.7", {"guidance_rescale": 0.7}))
-    trials = [Trial(attribute, f"{name}, {said}", tuning, sampling) for said, sampling in scales]
-    return [Trial(attribute, name, tuning), *trials] if plain else trials
+    scales.append((f"{name}, guidance 4 rescaled by 0.7", {"guidance_rescale": 0.7}))
+    return [Trial(attribute, name, tuning), *(Trial(attribute, said, tuning, how) for said, how in scales)]
+
+
+def _weakly_guided(**changes: Mapping[str, Any]) -> list[Trial]:
+    """The long tuning of an appearance with one change each, by name, at weak guidance."""
+    return [
+        Trial("appearance", f"160 steps, guidance 2, {name.replace('_', ' ')}", _LONG | dict(change), _WEAK)
+        for name, change in changes.items()
+    ]
 
 
 TRIALS: tuple[Trial, ...] = (
     Trial("appearance", "start"),
-    Trial("appearance", "true scale", _SCALED),
-    Trial("appearance", "true scale, noise -1.5", _LATE),
-    *_sampled("appearance", "true scale, noise -1.5, 160 steps", _LONG),
-    Trial("appearance", "true scale, noise -0.8, 160 steps", _LONG | {"noise_level": -0.8}),
-    Trial("appearance", "true scale, noise -2.2, 160 steps", _LONG | {"noise_level": -2.2}),
-    Trial("appearance", "true scale, uniform timesteps, 160 steps", _LONG | {"noise_level": None}),
-    Trial("appearance", "true scale, noise -1.5, 160 steps, twice the rate", _LONG | {"learning_rate": 2e-3}),
-    Trial("appearance", "true scale, noise -1.5, 160 steps, half the rate", _LONG | {"learning_rate": 5e-4}),
+    Trial("appearance", "start, guidance 2", sampling=_WEAK),
+    Trial("appearance", "true scale, guidance 2", _SCALED, _WEAK),
+    Trial("appearance", "true scale, noise -1.5, guidance 2", _LATE, _WEAK),
+    *_sampled("appearance", "160 steps", _LONG),
+    *_weakly_guided(
+        enlarged_views={"true_scale": False},
+        less_noise={"noise_level": -2.2},
+        more_noise={"noise_level": -0.8},
+        uniform_timesteps={"noise_level": None},
+        twice_the_rate={"learning_rate": 2e-3},
+        half_the_rate={"learning_rate": 5e-4},
+        AdamW={"optimizer": "adamw", "learning_rate": 3e-4, "bias_learning_rate": None},
+        in_the_encoder={"part": "encoder"},
+        gradient_of_the_decoder_alone={"conditioning": "half"},
+    ),
     Trial(
         "appearance",
-        "true scale, noise -1.5, 160 steps, AdamW",
-        _LONG | {"optimizer": "adamw", "learning_rate": 3e-4, "bias_learning_rate": None},
+        "80 steps of 16 views, guidance 2",
+        _LONG | {"steps": 80, "batch_size": 16},
+        _WEAK,
     ),
-    Trial("appearance", "true scale, noise -1.5, 160 steps, in the encoder", _LONG | {"part": "encoder"}),
     *_sampled("shape", "start", {}),
     Trial("shape", "noise 0", {"noise_level": 0.0}),
     Trial("shape", "noise -0.5", {"noise_level": -0.5}),

@@ -16,6 +16,7 @@ from .autoencoder import LATENT_CHANNELS, MOST_CHANNELS, AutoencoderStage
 from .e4t import E4TStage
 from .filters import FilterStage, images_to_learn_from
 from .loop import Stage, train
+from .optimizers import OPTIMIZERS
 from .towers import TowerStage
 from .unet import UNetStage
 from .words import WordStage
@@ -28,7 +29,7 @@ WEIGHTS = paths.WEIGHTS / "mini"
 FILTERS = paths.RUNS / "filters"
 
 # Of the loop, as the command line has them.
-OPTIONS = ("images", "compile", "further", "learning_rate", "batch_size")
+OPTIONS = ("images", "compile", "further", "learning_rate", "batch_size", "optimizer")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,6 +79,11 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, help="images per step, over all processes (default: the recipe's)"
     )
     parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        help="muon: for the matrices and kernels inside the UNet; for the stage unet (default: the recipe's)",
+    )
+    parser.add_argument(
         "--weights",
         type=Path,
         help=f"where to export (default: the package's own weights; with --data: {FILTERS}/BACKBONE)",
@@ -119,6 +125,10 @@ def _problem(arguments: argparse.Namespace, elsewhere: bool) -> str | None:
         (
             arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1,
             "--learning-rate must lie between 0 and 1",
+        ),
+        (
+            arguments.optimizer == "muon" and stages != [UNetStage.name],
+            f"--optimizer muon is for the stage {UNetStage.name} alone",
         ),
         (
             arguments.further and fixed,

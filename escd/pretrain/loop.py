@@ -23,6 +23,7 @@ from .. import paths
 from ..backbone.devices import choose_device
 from ..files import together, write_text
 from ..method.step import autocast_dtype
+from .optimizers import OPTIMIZERS, make_optimizer
 from .state import random_state, read_state, set_random_state, write_state
 
 RUNS = paths.RUNS / "pretrain"
@@ -48,6 +49,8 @@ class LoopConfig:
     # Averaged weights follow with rate (1 + step) ** -0.75, at most this.
     ema_decay: float = 0.9995
     seed: int = 0
+    # "adamw", or "muon": Muon for the matrices and kernels that the stage names (`Stage.inner`).
+    optimizer: str = "adamw"
 
     def rate(self, images: int) -> float:
         """Learning rate after this many images: linear warm-up, plateau, linear decay."""
@@ -56,7 +59,7 @@ class LoopConfig:
 
 
 class Stage(Protocol):
-    """What a pretraining stage gives the loop. Optional: `load`, `state_dict`, `load_state_dict`, `facts`."""
+    """What a pretraining stage gives the loop. Optional: `load`, the state dicts, `inner`, `facts`."""
 
     name: str
     loop: LoopConfig
@@ -74,6 +77,9 @@ class Stage(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+    def inner(self) -> list[nn.Parameter]:
+        """Parameters that Muon may train: those inside a network, without its first and last layer."""
 
     def facts(self) -> dict[str, Any]:
         """Entries of the training record that `load` needs to train the exported weights further."""
@@ -124,6 +130,7 @@ def train(
     further: bool = False,
     learning_rate: float | None = None,
     batch_size: int | None = None,
+    optimizer: str | None = None,
 ) -> dict[str, Any]:
     """Train one stage to its number of images and export it; a killed run resumes where it stopped.
 
@@ -133,10 +140,13 @@ def train(
     sampled, exported to `weights` and copied to ``checkpoints`` beside the state; at the end the record is
     written to ``training.json``. `compile` compiles the stage's heavy networks: minutes at the start, then
     a fifth less time per step on a CPU. `further` starts from the exported weights unless there is a state to
-    resume; the record then lists earlier trainings under "earlier". `images`, `learning_rate` and
-    `batch_size` replace the recipe's. Returns the record. Raises FloatingPointError when the loss diverges.
+    resume; the record then lists earlier trainings under "earlier". `images`, `learning_rate`,
+    `batch_size` and `optimizer` replace the recipe's. Returns the record. Raises FloatingPointError when the
+    loss diverges, ValueError for an optimizer that the stage cannot have.
     """
-    changes = {"images": images, "learning_rate": learning_rate, "batch_size": batch_size}
+    changes = {
+        "images": images, "learning_rate": learning_rate, "batch_size": batch_size, "optimizer": optimizer,
+    }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     training = Training(make, weights, changes, further)
     if compile:
@@ -167,7 +177,7 @@ class Training:
         if further or self.progress.earlier:
             self.stage.load(weights)  # decides which parameters require gradients
         self.parameters = [p for p in self.stage.module.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, self.config)
+        self.optimizer = make_optimizer(self.parameters, self.config, self._inner())
         self.ema = EMAModel(
             self.parameters,
             decay=self.config.ema_decay,
@@ -184,6 +194,14 @@ class Training:
             self.accelerator.print(f"{self.stage.name}: goes on from {weights}, {before['images']} images")
         # Images of earlier trainings are not used again.
         self.offset = sum(training["images"] for training in self.progress.earlier)
+
+    def _inner(self) -> list[nn.Parameter]:
+        """What Muon may train; ValueError for an optimizer that the stage cannot have."""
+        if self.config.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {' or '.join(OPTIMIZERS)}, not {self.config.optimizer!r}")
+        if self.config.optimizer == "muon" and not hasattr(self.stage, "inner"):
+            raise ValueError(f"Muon is not for {self.stage.name}, which does not say what it may train")
+        return self.stage.inner() if hasattr(self.stage, "inner") else []
 
     def _restore(self) -> None:
         """Take networks, optimizer and progress from the state of a killed run.
@@ -359,20 +377,6 @@ class Training:
             records = json.loads(path.read_text()) if path.exists() else {}
             write_text(path, json.dumps(records | {stage.name: record}, indent=1) + "\n")
         return record
-
-
-def make_optimizer(parameters: list[nn.Parameter], config: LoopConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and kernels, and none on biases and normalisation."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(0.9, 0.99),
-        fused=True,
-    )
 
 
 def attention_kernels(device: torch.device) -> list[SDPBackend]:

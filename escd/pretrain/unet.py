@@ -143,6 +143,11 @@ class UNetStage:
         self.module.set_old_channels(old)
         self.module.load(folder)
 
+    def inner(self) -> list[torch.nn.Parameter]:
+        """The UNet's parameters without its first and last convolution."""
+        outer = ("conv_in.", "conv_out.")
+        return [p for name, p in self.module.unet.named_parameters() if not name.startswith(outer)]
+
     def facts(self) -> dict[str, int]:
         """The number of latent channels that were not added to a grown UNet."""
         old = self.module.old_channels

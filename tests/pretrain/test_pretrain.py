@@ -48,6 +48,7 @@ from escd.pretrain.command import WEIGHTS, main
 from escd.pretrain.diffusion_loss import NOISE_MEAN, DiffusionLoss, denoising_error
 from escd.pretrain.loop import LoopConfig, psnr, train
 from escd.pretrain.networks import make_scheduler, make_unet
+from escd.pretrain.optimizers import make_optimizer
 from escd.pretrain.pairs import (
     MATERIAL,
     OUTLINE,
@@ -602,6 +603,75 @@ def test_one_that_got_a_kill_9_ends_with_the_same_bits(uninterrupted, tmp_path):
     state = torch.load(tmp_path / "runs" / "drawing" / "state.pt", weights_only=True)
     assert 0 < state["progress"]["images"] < 400
     assert equal(train_drawing(tmp_path / "weights"), uninterrupted)
+
+
+class Inner(Drawing):
+    """Muon trains its kernel, AdamW the rest."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__(fail_at)
+        self.module.kernel = nn.Parameter(torch.ones(2, 3, 1, 1))
+        self.module.forward = lambda x: self.loss(x)
+
+    def loss(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, logs = DrawingLoss.forward(self.module, x)
+        return loss + (self.module.kernel - torch.arange(6).view(2, 3, 1, 1) / 6).square().mean(), logs
+
+    def inner(self) -> list[nn.Parameter]:
+        return [self.module.kernel, self.module.layer.bias]
+
+
+def test_muon_trains_what_the_stage_names_and_resumes_to_the_bit(tmp_path, monkeypatch):
+    ends = []
+    for name in ("whole", "killed"):
+        monkeypatch.setattr(loop, "RUNS", tmp_path / name)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        given = {"weights": tmp_path / name, "checkpoint_seconds": 0, "progress": False, "optimizer": "muon"}
+        (tmp_path / name).mkdir()
+        if name == "killed":
+            with pytest.raises(KeyboardInterrupt):
+                train(lambda device: Inner(fail_at=200), **given)
+        record = train(lambda device: Inner(), **given)
+        assert record["config"]["optimizer"] == "muon"
+        state = torch.load(tmp_path / name / "drawing" / "state.pt", weights_only=True)
+        ends.append({name: state[name] for name in ("parameters", "ema", "optimizer")})
+    assert equal(*ends)
+    kernel = ends[0]["parameters"]["kernel"].flatten()
+    assert (kernel - torch.arange(6) / 6).square().mean() < 0.05  # it was 0.42
+    # A bias has no matrix: Muon has the kernel alone.
+    assert [tuple(s["momentum_buffer"].shape) for s in ends[0]["optimizer"]["muon"]["state"].values()] == [
+        (2, 3)
+    ]
+    assert len(ends[0]["optimizer"]["adamw"]["state"]) == 2
+
+
+def test_muon_takes_the_step_of_pytorch_and_adamw_the_rest():
+    torch.manual_seed(0)
+    kernel, bias = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(4))
+    alone = nn.Parameter(kernel.detach().clone().flatten(1))
+    config = LoopConfig(images=1, batch_size=1, learning_rate=0.1, optimizer="muon")
+    ours = make_optimizer([kernel, bias], config, [kernel, bias])
+    muon = torch.optim.Muon(
+        [alone], lr=0.05, momentum=0.95, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    for group in ours.param_groups:
+        group["lr"] = 0.05
+    before = bias.detach().clone()
+    for _ in range(3):
+        kernel.grad, bias.grad = torch.randn(4, 3, 3, 3), torch.ones(4)
+        alone.grad = kernel.grad.flatten(1).clone()
+        ours.step()
+        muon.step()
+    assert torch.equal(kernel.flatten(1), alone)
+    assert torch.allclose(before - bias, torch.full((4,), 0.15), atol=1e-5)  # AdamW's steps on one gradient
+
+
+def test_muon_is_refused_where_no_stage_says_what_it_may_train(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "RUNS", tmp_path)
+    for optimizer, said in (("muon", "Muon is not for toy"), ("sgd", "adamw or muon, not 'sgd'")):
+        with pytest.raises(ValueError, match=said):
+            train(lambda device: Toy(), weights=tmp_path, optimizer=optimizer, progress=False)
 
 
 def test_a_state_of_an_older_layout_or_of_more_processes_says_so(tmp_path, monkeypatch):
