@@ -779,6 +779,7 @@ def test_the_state_of_another_network_is_not_gone_on_with(tmp_path, monkeypatch)
         ["unet", "--images", "0"],
         ["autoencoder", "--latents", "0", "--weights", "here"],
         ["autoencoder", "--latents", "16"],
+        ["words", "--optimizer", "muon"],
         ["--latents", "16", "--weights", "here", "--further"],
     ],
 )
