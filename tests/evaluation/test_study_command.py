@@ -9,7 +9,13 @@ from conftest import as_record
 from escd import records
 from escd.evaluation import configs, estimate, study, study_command
 from escd.evaluation.configs import CompositionConfig, ObedienceConfig, RankConfig, StudyConfig
-from escd.evaluation.method_configs import REFERENCES, MethodConfig, MethodPairConfig
+from escd.evaluation.method_configs import (
+    GRID_FACTORS,
+    GRID_REFERENCES,
+    REFERENCES,
+    MethodConfig,
+    MethodPairConfig,
+)
 from escd.method.baselines import METHODS
 from escd.method.config import TuningConfig
 
@@ -76,7 +82,8 @@ def test_the_grid_of_rates_is_on_development_references(grids, monkeypatch, tmp_
     written = tmp_path / "rates.json"
     monkeypatch.setattr(study_command, "RATES_FILE", written)
     grid = grids("--method-grid")
-    assert {config.list for config in grid} == {"real-development"} and len(grid) == 3 * 2 * 3
+    assert {config.list for config in grid} == {"real-development"}
+    assert len(grid) == GRID_REFERENCES * 2 * len(GRID_FACTORS)
     assert not written.exists()
     grids("--method-grid", "--take-rates")
     assert json.loads(written.read_text()) == {}
