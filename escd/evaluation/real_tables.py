@@ -88,9 +88,12 @@ Row = AppearanceRow | ShapeRow | PairRow
 MODES = ("appearance", "shape, filled", "shape, pierced", "both")
 
 
-def real_tables(results: Iterable[records.Record]) -> dict[str, dict[str, Row]]:
+def real_tables(
+    results: Iterable[records.Record], *, pierced_apart: bool = True
+) -> dict[str, dict[str, Row]]:
     """Rows by mode (of MODES, those that have any) and arm, from records on one of the real lists.
 
+    pierced_apart: False puts all outlines into one table, "shape".
     Records on other lists are ignored. Raises ValueError where the records are on two real lists, KeyError
     where the floor that a leakage is measured from is not among them.
     """
@@ -98,10 +101,10 @@ def real_tables(results: Iterable[records.Record]) -> dict[str, dict[str, Row]]:
     lists = sorted({record.config["list"] for record in real})
     if len(lists) > 1:
         raise ValueError(f"these records are on the lists {' and '.join(lists)}: make a table of each")
-    runs, floors = by_arm(real, _mode)
+    runs, floors = by_arm(real, _mode if pierced_apart else _mode_of_all)
     return {
         mode: {arm: row_of(of_arm, floors) for arm, of_arm in runs[mode].items()}
-        for mode in MODES
+        for mode in ("shape", *MODES)
         if mode in runs
     }
 
@@ -114,11 +117,13 @@ def row_of(runs: Runs, floors: dict[Any, Metrics]) -> Row:
     return (_appearance if config.attribute == "appearance" else _shape)(runs, floors)
 
 
+def _mode_of_all(config: StudyConfig | CompositionConfig) -> str:
+    return "both" if isinstance(config, CompositionConfig) else config.attribute
+
+
 def _mode(config: StudyConfig | CompositionConfig) -> str:
-    if isinstance(config, CompositionConfig):
-        return "both"
-    if config.attribute == "appearance":
-        return "appearance"
+    if _mode_of_all(config) != "shape":
+        return _mode_of_all(config)
     pierced = load_references(which=config.list)[config.reference].silhouette.pierced
     return "shape, pierced" if pierced else "shape, filled"
 

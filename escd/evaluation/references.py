@@ -34,6 +34,7 @@ from .silhouettes import fit, fit_silhouette, glyph_contours, glyph_silhouette, 
 CANDIDATES = 20  # silhouettes and materials a retrieval score chooses from
 LISTS = ("evaluation", "development")
 REAL_LISTS = ("real", "real-development")  # of real things: texture and colour are scored apart
+DEFAULT_LIST = "real"  # what the results are of
 BUNDLED = PACKAGE / "data" / "references"
 TOO_ALIKE = 0.85  # aligned IoU above which two silhouettes do not count as distinct
 # Backgrounds of references: the world's four, and two for materials that contrast with none of those.
@@ -148,7 +149,7 @@ class References:
 
 
 def load_references(
-    folder: str | Path | None = None, *, which: str = "evaluation", count: int | None = None, twenty: int = 1
+    folder: str | Path | None = None, *, which: str = DEFAULT_LIST, count: int | None = None, twenty: int = 1
 ) -> References:
     """The bundled list `which` (of LISTS or REAL_LISTS), or a list of the files of a folder.
 

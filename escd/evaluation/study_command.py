@@ -30,7 +30,7 @@ from .method_configs import (
     method_configs,
     runnable,
 )
-from .references import LISTS, REAL_LISTS, References
+from .references import DEFAULT_LIST, LISTS, REAL_LISTS, References
 from .study import RUNS, Study
 
 
@@ -86,7 +86,7 @@ def grid_of(listed: References, arguments: argparse.Namespace) -> list[Any]:
     a whole bundled list only.
     """
     of_all = {"backbone": arguments.backbone, "seed": arguments.seed}
-    whole = listed.name in LISTS and arguments.references is None
+    whole = listed.name in (*LISTS, *REAL_LISTS) and arguments.references is None
     grid: list[Any] = backbone_configs(arguments.backbone) if whole else []
     grid += configs(listed, attributes=arguments.attributes, parts=arguments.parts, **of_all)
     grid += rank_configs(listed, **of_all) if arguments.ranks else []
@@ -112,7 +112,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="mini", help="what load_backbone is to load (default: mini)")
     parser.add_argument(
         "--list", choices=(*LISTS, *REAL_LISTS),
-        help=f"references (default: evaluation; methods: real; their grid: {GRID_LIST})",
+        help=f"references (default: {DEFAULT_LIST}; the grid of the methods: {GRID_LIST})",
     )  # fmt: skip
     parser.add_argument("--folder", type=Path, help="use its silhouettes/*.png and materials/*.webp instead")
     parser.add_argument(
@@ -162,5 +162,5 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         which, count = (GRID_LIST, GRID_REFERENCES) if arguments.method_grid else ("real", REFERENCES)
         arguments.list = arguments.list or which
         arguments.references = arguments.references or count
-    arguments.list = arguments.list or "evaluation"
+    arguments.list = arguments.list or DEFAULT_LIST
     return arguments

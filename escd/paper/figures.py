@@ -17,7 +17,7 @@ from ..method.attributes import ATTRIBUTES
 from ..pretrain import trials
 from ..records import Record
 from .canvas import APPEARANCE, COLUMN, FROZEN, INK, MUTED, PAGE, SHAPE, Drawing, image_grid
-from .results import at_full_size, ranks, results, training
+from .results import appearances, at_full_size, ranks, results, shapes, training
 from .sheets import ProcessConfig, SheetConfig, sheet, stored_images
 from .stems import figure
 from .tables import ARMS
@@ -36,7 +36,7 @@ ASKED_LOOKS = (
 )
 ASKED_SHAPES = (("star", "cyan"), ("heart", "beige"), ("circle", "pink"))
 FORWARD_SAMPLE = 0  # of World(seed=0)
-SHOWN_REFERENCES = 4  # the first of the evaluation list
+SHOWN_REFERENCES = 4  # the first of the list that all results are of
 
 
 @figure("01_preliminaries")
@@ -215,24 +215,30 @@ def leakage_table() -> Drawing:
     """Transfer and leakage of each tuned part, for both attributes; filled: the method's choice."""
     table = results()
     drawing = Drawing(COLUMN, 2.75, layout="constrained")
-    arms = list(ARMS)[::-1]
+    found = {
+        "shape": {arm: (row.first, row.texture_leakage) for arm, row in shapes(table).items()},
+        "appearance": {arm: (row.texture.first, row.leakage) for arm, row in appearances(table).items()},
+    }
+    arms = ["floor", "word", "encoder", "decoder", "all", "ceiling"][::-1]
     colours = {"encoder": SHAPE, "decoder": APPEARANCE}
     for axes, attribute in zip(drawing.subplots(2, 2, sharey=True), ATTRIBUTES.values(), strict=True):
         transfer, leakage = axes
         for y, arm in enumerate(arms):
-            row, colour = table.rows[attribute.name][arm], colours.get(arm, INK)
+            transferred, leaked = found[attribute.name][arm]
+            colour = colours.get(arm, INK)
             look = {"color": colour, "mfc": colour if arm == attribute.part else "white", "zorder": 2}
-            share = 100 * row.transfer["retrieval"]
+            share = 100 * transferred
             transfer.plot([0, share], [y, y], color=FROZEN, lw=0.8, zorder=1)
             transfer.plot(share, y, "o", **look)
             transfer.annotate(
                 f"{share:.0f}", (share, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=6
             )
-            if row.leakage is not None:
-                leakage.plot([row.leakage.low, row.leakage.high], [y, y], color=colour, lw=1, zorder=1)
-                leakage.plot(row.leakage.mean, y, "o", **look)
+            if leaked is not None:
+                leakage.plot([leaked.low, leaked.high], [y, y], color=colour, lw=1, zorder=1)
+                leakage.plot(leaked.mean, y, "o", **look)
         leakage.axvline(0, color=MUTED, lw=0.6, zorder=0)
-        transfer.set(xlim=(0, 118), xticks=(0, 50, 100), xlabel="retrieved of 20, %")
+        by = "silhouette" if attribute.name == "shape" else "texture"
+        transfer.set(xlim=(0, 118), xticks=(0, 50, 100), xlabel=f"retrieved by {by}, %")
         transfer.set_yticks(range(len(arms)), [ARMS[arm] for arm in arms])
         other = "texture" if attribute.name == "shape" else "shape"
         transfer.set_ylabel(attribute.name)
@@ -251,7 +257,7 @@ def transfer_by_rank() -> Drawing:
         raise KeyError("figures/records has no reference at every rank: `make study` makes it")
     large = at_full_size("size")
     drawing = Drawing(COLUMN, 2.9 if large is None else 4.2, layout="constrained")
-    scores = {"shape": ("iou", "shape, IoU"), "appearance": ("retrieval", "appearance, retrieved")}
+    scores = {"shape": ("iou", "shape, IoU"), "appearance": ("retrieval", "appearance, by texture")}
     panels = drawing.subplots(2 if large is None else 3, 1, sharex=True)
     for axes, attribute in zip(panels[:2], ATTRIBUTES.values(), strict=True):
         score, label = scores[attribute.name]

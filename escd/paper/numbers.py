@@ -18,7 +18,7 @@ from ..evaluation.autoencoder import IMAGE_SETS
 from ..evaluation.configs import EQUAL_SIZE
 from ..evaluation.formats import decimals, percent, signed
 from ..evaluation.judges import HEADS
-from ..evaluation.tables import Row
+from ..evaluation.real_tables import AppearanceRow, Row, ShapeRow
 from ..files import write_text
 from ..method.attributes import ATTRIBUTES
 from ..pretrain import ablation, trials
@@ -33,6 +33,7 @@ from .results import (
     contrast,
     cost_records,
     images_seen,
+    pairs,
     results,
     step_costs,
     training,
@@ -105,22 +106,22 @@ def _study_numbers() -> dict[str, str]:
         "study.sampler_steps": str(one.config["sampler_steps"]),
         "study.guidance": _guidance(found.used),
     }
-    for mode in ("shape", "appearance"):
+    for mode in found.rows.keys() - {"both"}:
         for arm, row in arms_of(found, mode):
-            values |= {f"{mode}.{arm}.{name}": text for name, text in _row_numbers(mode, row).items()}
-    for arm, row in found.rows.get("composition", {}).items():
-        values |= {
-            f"composition.{arm}.{k}": percent(row.transfer[k]) for k in ("silhouette", "material", "both")
-        }
-    gains = {"composition": composed()} if "composition" in found.rows else {}
+            key = f"{mode.replace(', ', '_')}.{_key(arm)}"
+            values |= {f"{key}.{name}": text for name, text in _row_numbers(row).items()}
+    for arm, pair in pairs(found).items():
+        shares = ("silhouette", "texture", "colour", "right")
+        values |= {f"composition.{_key(arm)}.{name}": percent(getattr(pair, name)) for name in shares}
+    gains = {"composition": composed()} if pairs(found) else {}
     for attribute in ATTRIBUTES.values():
         other = {"encoder": "decoder", "decoder": "encoder"}[attribute.part]
         for what, gain in contrast(attribute.name, attribute.part, other).items():
             gains[f"{attribute.name}.{what.lower()}"] = gain
         for part, one_part in alike(attribute.name).items():
             if part in EQUAL_SIZE:
-                key = f"{attribute.name}.{part.replace('/', '_').replace('.', '_')}"
-                texts = _row_numbers(attribute.name, one_part.row)
+                key = f"{attribute.name}.{_key(part)}"
+                texts = _row_numbers(one_part.row)
                 values |= {f"{key}.{name}": text for name, text in texts.items()}
                 values[f"{key}.mb"] = f"{one_part.megabytes:.1f}"
                 gains |= {f"{key}.{what.lower()}": gain for what, gain in one_part.beyond.items()}
@@ -161,14 +162,27 @@ def _size_numbers() -> dict[str, str]:
     return values
 
 
-def _row_numbers(mode: str, row: Row) -> dict[str, str]:
-    name = "iou" if mode == "shape" else "distance"
-    texts = {name: decimals(row.transfer.get(name)), "retrieval": percent(row.transfer["retrieval"])}
-    if "texture" in row.transfer:
-        texts["texture"] = percent(row.transfer["texture"])
-    texts |= {key.replace("colours", "colour"): percent(value) for key, value in row.obeyed.items()}
-    if row.leakage is not None:
-        ends = {"": row.leakage.mean, "_low": row.leakage.low, "_high": row.leakage.high}
+def _key(name: str) -> str:
+    """An arm's or a part's name as a piece of a key."""
+    return name.translate(str.maketrans("/. ", "___", "()"))
+
+
+def _row_numbers(row: Row) -> dict[str, str]:
+    texts = {key.replace("colours", "colour"): percent(value) for key, value in row.obeyed.items()}
+    if isinstance(row, ShapeRow):
+        texts |= {"iou": decimals(row.iou), "retrieval": percent(row.first)}
+        leakage = row.texture_leakage
+    else:
+        assert isinstance(row, AppearanceRow)
+        leakage = row.leakage
+        for name, one in (("texture", row.texture), ("colour", row.colour)):
+            texts |= {
+                name: percent(one.first),
+                f"{name}_rank": decimals(one.rank, 1),
+                f"{name}_distance": decimals(one.distance),
+            }
+    if leakage is not None:
+        ends = {"": leakage.mean, "_low": leakage.low, "_high": leakage.high}
         texts |= {f"leakage{end}": signed(value, LEAKAGE_PLACES) for end, value in ends.items()}
     return texts
 
@@ -237,7 +251,7 @@ def _alike_in_words() -> list[str]:
         return []
     title = (
         "Equal size: parts of the decoder about as large as the encoder, same references and prompts "
-        "(differences from the encoder in IoU and in the share of images retrieved, 95 % intervals):"
+        "(differences from the encoder in IoU and in the share retrieved by texture, 95 % intervals):"
     )
     return [title, "", rows, ""]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -27,15 +27,24 @@ from ..evaluation.configs import (
 )
 from ..evaluation.kept import learn_now
 from ..evaluation.measure import Interval, paired_bootstrap
-from ..evaluation.references import load_references
+from ..evaluation.real_tables import AppearanceRow, PairRow, Row, ShapeRow, real_tables
+from ..evaluation.references import DEFAULT_LIST, load_references
 from ..evaluation.study import Study, shipped_weights
-from ..evaluation.tables import Row, table
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
 from ..method.cost import relative
 from ..records import Record
 
-WANTED = {"shape": "silhouette", "appearance": "material"}  # the retrieval that is an attribute's transfer
+# The scores of an attribute's transfer and leakage by name, with what counts where there is no foreground.
+SCORES: dict[str, dict[str, tuple[str, float]]] = {
+    "shape": {"retrieval": ("silhouette", 0.0), "IoU": ("iou", 0.0), "leakage": ("texture_likeness", 1.0)},
+    "appearance": {
+        "texture": ("texture_first", 0.0),
+        "colour": ("colour_first", 0.0),
+        "leakage": ("iou", 1.0),
+    },
+}
+WANTED = {"shape": "silhouette", "appearance": "texture_first"}  # the retrieval that is a rank's transfer
 
 
 @cache
@@ -46,7 +55,10 @@ def study() -> Study:
 
 @dataclass(frozen=True)
 class Results:
-    """The study's table, by mode and arm, and its records."""
+    """The study's tables and records.
+
+    rows: by mode (`real_tables.MODES`, and "shape" for filled and pierced outlines together) and arm.
+    """
 
     rows: dict[str, dict[str, Row]]
     references: int  # for which every arm is stored
@@ -59,7 +71,7 @@ def current(config: Any) -> Record:
     return records.get(config, inputs=study().inputs(config))
 
 
-def results(which: str = "evaluation") -> Results:
+def results(which: str = DEFAULT_LIST) -> Results:
     """The study of a bundled list, over the references whose every arm is stored; KeyError where none is."""
     return _results(which, _fingerprint())
 
@@ -86,7 +98,28 @@ def _results(which: str, _state: str) -> Results:
         raise KeyError(f"figures/records has no reference of the {which} list in full: `make study` makes it")
     used = tuple(record for runs in whole.values() for record in runs)
     alike = [stored(config) for config in equal_size_configs(study().references(which))]
-    return Results(table(used), references, used, tuple(alike) if None not in alike else ())
+    return Results(tables_of(used), references, used, tuple(alike) if None not in alike else ())
+
+
+def tables_of(used: Iterable[Record]) -> dict[str, dict[str, Row]]:
+    """The rows of records on a real list: of all outlines together, and of filled and pierced ones apart."""
+    used = list(used)
+    return real_tables(used, pierced_apart=False) | real_tables(used)
+
+
+def shapes(found: Results, mode: str = "shape") -> dict[str, ShapeRow]:
+    """The arms of the shape tables."""
+    return {arm: row for arm, row in found.rows[mode].items() if isinstance(row, ShapeRow)}
+
+
+def appearances(found: Results) -> dict[str, AppearanceRow]:
+    """The arms of the appearance table."""
+    return {arm: row for arm, row in found.rows["appearance"].items() if isinstance(row, AppearanceRow)}
+
+
+def pairs(found: Results) -> dict[str, PairRow]:
+    """The arms of the table of both attributes in one pass; none before there are any."""
+    return {arm: row for arm, row in found.rows.get("both", {}).items() if isinstance(row, PairRow)}
 
 
 def _fingerprint() -> str:
@@ -94,16 +127,12 @@ def _fingerprint() -> str:
     return "".join(records.sha256(file) for file in files if file.exists())
 
 
-def contrast(attribute: str, one: str, other: str, which: str = "evaluation") -> dict[str, Interval]:
+def contrast(attribute: str, one: str, other: str, which: str = DEFAULT_LIST) -> dict[str, Interval]:
     """Differences of tuning part `one` from tuning part `other`, image by image, with 95 % intervals.
 
-    `transfer`: whether the wanted attribute is retrieved; for a shape also `IoU`; `leakage`: similarity of
-    the unwanted one. An image without a foreground counts as a miss and as a leak; whole references are
-    resampled.
+    By the names of `SCORES`. An image without a foreground counts as a miss and as a leak; whole references
+    are resampled.
     """
-    wanted, unwanted = WANTED[attribute], {"shape": "texture_similarity", "appearance": "iou"}[attribute]
-    overlap = [("IoU", "iou", 0.0)] if attribute == "shape" else []
-    scores = [("transfer", wanted, 0.0), *overlap, ("leakage", unwanted, 1.0)]
     by_arm: dict[str, dict[str, dict]] = {one: {}, other: {}}
     found = results(which)
     for record in (*found.used, *found.alike):
@@ -120,7 +149,7 @@ def contrast(attribute: str, one: str, other: str, which: str = "evaluation") ->
 
     return {
         what: paired_bootstrap(gathered(one, score, missing), gathered(other, score, missing), groups=groups)
-        for what, score, missing in scores
+        for what, (score, missing) in SCORES[attribute].items()
     }
 
 
@@ -133,10 +162,10 @@ class Alike:
     beyond: dict[str, Interval]  # `contrast` with the encoder; empty for the encoder itself
 
 
-def alike(attribute: str, which: str = "evaluation") -> dict[str, Alike]:
+def alike(attribute: str, which: str = DEFAULT_LIST) -> dict[str, Alike]:
     """The encoder, the decoder, and the decoder's parts of the encoder's size; empty before they are run."""
     found = results(which)
-    rows = table([*found.used, *found.alike])[attribute]
+    rows = tables_of([*found.used, *found.alike])[attribute]
     sizes: dict[str, list[float]] = defaultdict(list)
     for record in (*found.used, *found.alike):
         if "megabytes" in record.metrics and record.config["attribute"] == attribute:  # something was learnt
@@ -151,8 +180,8 @@ def alike(attribute: str, which: str = "evaluation") -> dict[str, Alike]:
     }
 
 
-def composed(one: str = "ours", other: str = "reversed", which: str = "evaluation") -> Interval:
-    """Difference of arm `one` from arm `other` in the share of images with both attributes right.
+def composed(one: str = "ours", other: str = "reversed", which: str = DEFAULT_LIST) -> Interval:
+    """Difference of arm `one` from arm `other` in the share of images with shape, texture and colour right.
 
     Image by image, with the 95 % interval over pairs of references.
     """
@@ -161,34 +190,12 @@ def composed(one: str = "ours", other: str = "reversed", which: str = "evaluatio
         if record.kind == "composition":
             config, got = records.config_of(record, CompositionConfig), record.metrics
             if config.arm in by_arm:
-                both = zip(got["silhouette"], got["material"], strict=True)
-                by_arm[config.arm][f"{config.shape} {config.appearance}"] = [bool(s and m) for s, m in both]
-    pairs = sorted(by_arm[one])
-    first, second = ([right for pair in pairs for right in by_arm[arm][pair]] for arm in (one, other))
-    return paired_bootstrap(first, second, groups=[pair for pair in pairs for _ in by_arm[one][pair]])
-
-
-def experiments(attribute: str, which: str = "development") -> list[tuple[TuningConfig, int, Row]]:
-    """What was tried on a list's references: each way of tuning, on how many references, and its scores."""
-    runs: dict[TuningConfig, list[Record]] = defaultdict(list)
-    floors: dict[str, Record] = {}
-    for record in records.all(StudyConfig):
-        if record.config["attribute"] != attribute or record.config["list"] != which:
-            continue
-        config = records.config_of(record, StudyConfig)
-        if record.inputs != study().inputs(config):  # tried on other weights than these
-            continue
-        if config.kind == "floor":
-            floors[config.reference] = record
-        elif config.kind == "customized":
-            runs[config.tuning].append(record)
-    tried = []
-    for tuning, made in runs.items():
-        beside = [floors[record.config["reference"]] for record in made]
-        rows = table([*made, *beside])[attribute]
-        (arm,) = rows.keys() - {"floor"}
-        tried.append((tuning, len(made), rows[arm]))
-    return tried
+                each = (got["silhouette"], got["texture_first"], got["colour_first"])
+                right = [all(scores) for scores in zip(*each, strict=True)]
+                by_arm[config.arm][f"{config.shape} {config.appearance}"] = right
+    names = sorted(by_arm[one])
+    first, second = ([right for name in names for right in by_arm[arm][name]] for arm in (one, other))
+    return paired_bootstrap(first, second, groups=[name for name in names for _ in by_arm[one][name]])
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ class AtRank:
     references: int
 
 
-def ranks(which: str = "evaluation") -> tuple[dict[str, list[AtRank]], list[Record]]:
+def ranks(which: str = DEFAULT_LIST) -> tuple[dict[str, list[AtRank]], list[Record]]:
     """What is left of each attribute at a low rank, and the records that say so; empty where none is stored.
 
     Over the references whose every rank is stored.
@@ -245,7 +252,7 @@ def ranks(which: str = "evaluation") -> tuple[dict[str, list[AtRank]], list[Reco
 def smallest_rank(attribute: str, ranks: Sequence[AtRank], within: float = 0.02) -> AtRank | None:
     """The smallest rank that keeps the transfer to `within` of the full change's, relatively; None if none.
 
-    Transfer is the aligned IoU for a shape and the share of materials retrieved for an appearance.
+    Transfer is the aligned IoU for a shape and the share retrieved by texture for an appearance.
     """
     score = "iou" if attribute == "shape" else "retrieval"
     full = next(one for one in ranks if one.rank is None and not one.exportable)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .. import files, records
 from ..data.world import World
-from ..evaluation.references import Reference, load_references
+from ..evaluation.references import DEFAULT_LIST, Reference, load_references
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
 from ..method.guidance import PLAIN_SCALE, default_scale
@@ -36,7 +36,7 @@ class SheetConfig:
     seed: int = 0
     steps: int = 25
     guidance_scale: float = PLAIN_SCALE
-    list: str = "evaluation"
+    list: str = DEFAULT_LIST
 
 
 def sheet(prompts: Sequence[str], shape: str | None = None, appearance: str | None = None) -> SheetConfig:
@@ -50,6 +50,7 @@ def sheet(prompts: Sequence[str], shape: str | None = None, appearance: str | No
         guidance_scale=default_scale(
             name for name, used in (("shape", shape), ("appearance", appearance)) if used
         ),
+        list=DEFAULT_LIST,
     )
 
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from ..evaluation.formats import decimals, interval, share_of
-from ..evaluation.tables import Row
-from .results import Results, alike, results
+from collections.abc import Mapping
+
+from ..evaluation.formats import decimals, interval, markdown_table, share_of
+from ..evaluation.real_tables import FIRST, LAST, AppearanceRow, Row, ShapeRow
+from ..evaluation.references import DEFAULT_LIST
+from .results import Results, alike, appearances, pairs, results, shapes
 
 ARMS = {
     "floor": "untouched backbone",
+    "flat": "flat area of the material's mean colour",
     "word": "pseudo-word only",
     "encoder": "encoder tuned",
     "decoder": "decoder tuned",
     "all": "whole UNet tuned",
-    "ceiling": "autoencoder",
+    "encoder (source)": "encoder tuned, source's recipe",
+    "decoder (source)": "decoder tuned, source's recipe",
+    "ours": "shape in the encoder, appearance in the decoder",
+    "reversed": "the other way round",
+    "ceiling": "right answer after the autoencoder",
+    "lossless": "right answer",
+    "copy": "copy of the reference",
 }
 # What else `alike` calls by name.
 PLACES = {
@@ -22,67 +32,95 @@ PLACES = {
     "decoder": "decoder",
 }
 LEAKAGE_PLACES = 3  # there is so little of it that two decimals would hide on which side of none it lies
+OUTLINES = {"shape, filled": "shape, filled outlines", "shape, pierced": "shape, pierced outlines"}
 
 
-def results_table(which: str = "evaluation") -> str:
-    """The study as two Markdown tables: transfer, obedience and leakage of each part, and composition."""
+def results_table(which: str = DEFAULT_LIST) -> str:
+    """The study as Markdown tables: filled and pierced shapes, appearance, and both in one pass."""
     found = results(which)
-    lines = []
-    for mode, wanted in (("shape", "IoU"), ("appearance", "distance")):
-        other = "texture" if mode == "shape" else "shape"
-        asked = list(found.rows[mode]["floor"].obeyed)
-        heads = [mode, wanted, "retrieved", *(["by texture alone"] if mode == "appearance" else []), *asked]
-        lines += [
-            f"| {' | '.join(heads)} | leakage of {other} (95 %) |",
-            "|---|" + "--:|" * len(heads),
-        ]
-        for arm, row in arms_of(found, mode):
-            cells = [decimals(row.transfer.get(wanted.lower())), share_of(row.transfer["retrieval"])]
-            cells += [share_of(row.transfer["texture"])] if mode == "appearance" else []
-            cells += [share_of(row.obeyed[name]) for name in asked]
-            cells.append(interval(row.leakage, LEAKAGE_PLACES))
-            lines.append(f"| {ARMS[arm]} | " + " | ".join(cells) + " |")
-        lines.append("")
-    if "composition" in found.rows:
-        lines += ["| both in one pass | silhouette | material | both |", "|---|--:|--:|--:|"]
-        names = {
-            "floor": "untouched backbone",
-            "ours": "shape in the encoder, appearance in the decoder",
-            "reversed": "the other way round",
-            "ceiling": "autoencoder",
-        }
-        for arm, name in names.items():
-            got = found.rows["composition"][arm].transfer
-            lines.append(
-                f"| {name} | "
-                + " | ".join(share_of(got[k]) for k in ("silhouette", "material", "both"))
-                + " |"
-            )
-    return "\n".join(lines).rstrip("\n")
+    tables = [
+        _table(
+            f"{name} ({_references(shapes(found, mode))})",
+            ["IoU", "retrieved", "pattern", "colours", "background", "leakage of texture (95 %)"],
+            {arm: _shape_cells(row) for arm, row in shapes(found, mode).items()},
+        )
+        for mode, name in OUTLINES.items()
+        if mode in found.rows
+    ]
+    tables.append(
+        _table(
+            f"appearance ({_references(appearances(found))})",
+            [
+                "first by texture", "rank", "distance", "first by colour", "rank", "distance", "shape",
+                "background", "leakage of shape (95 %)",
+            ],
+            {arm: _appearance_cells(row) for arm, row in appearances(found).items()},
+        )
+    )  # fmt: skip
+    if pairs(found):
+        shares = ("silhouette", "texture", "colour", "right")
+        cells = {arm: [share_of(getattr(row, name)) for name in shares] for arm, row in pairs(found).items()}
+        tables.append(_table("both in one pass", ["silhouette", "texture", "colour", "all three"], cells))
+    return "\n\n".join(tables)
 
 
-def alike_table(which: str = "evaluation") -> str:
+def _references(rows: Mapping[str, Row]) -> str:
+    """How many images a customized arm has."""
+    return f"{rows['floor'].pictures} images"
+
+
+def _table(name: str, heads: list[str], cells: Mapping[str, list[str]]) -> str:
+    return markdown_table([name, *heads], [[ARMS[arm], *cells[arm]] for arm in ordered(cells)])
+
+
+def ordered(rows: Mapping[str, object]) -> list[str]:
+    """The arms in the order of the tables: lower controls, customizations, upper controls."""
+    tuned = [arm for arm in ARMS if arm in rows and arm not in (*FIRST, *LAST)]
+    return [
+        *(arm for arm in FIRST if arm in rows), *tuned, *(arm for arm in LAST if arm in rows),
+    ]  # fmt: skip
+
+
+def _shape_cells(row: ShapeRow) -> list[str]:
+    obeyed = [share_of(row.obeyed[name]) for name in ("pattern", "colours", "background")]
+    leakage = interval(row.texture_leakage, LEAKAGE_PLACES)
+    return [decimals(row.iou), share_of(row.first), *obeyed, leakage]
+
+
+def _appearance_cells(row: AppearanceRow) -> list[str]:
+    retrieved = [
+        text
+        for one in (row.texture, row.colour)
+        for text in (share_of(one.first), decimals(one.rank, 1), decimals(one.distance, 2))
+    ]
+    obeyed = [share_of(row.obeyed[name]) for name in ("shape", "background")]
+    return [*retrieved, *obeyed, interval(row.leakage, LEAKAGE_PLACES)]
+
+
+def alike_table(which: str = DEFAULT_LIST) -> str:
     """`alike` of both attributes as a Markdown table; empty where there is none."""
     shape, look = (alike(name, which) for name in ("shape", "appearance"))
-    lines = [
-        "| tuned | MB | shape: IoU | difference | retrieved "
-        "| appearance: distance | retrieved | difference |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     for part in shape:
         a, b = shape[part], look[part]
-        cells = [
+        assert isinstance(a.row, ShapeRow) and isinstance(b.row, AppearanceRow)
+        lines.append([
+            PLACES[part],
             f"{a.megabytes:.1f}",
-            decimals(a.row.transfer["iou"]),
+            decimals(a.row.iou),
             interval(a.beyond["IoU"]) if a.beyond else "",
-            share_of(a.row.transfer["retrieval"]),
-            decimals(b.row.transfer.get("distance")),
-            share_of(b.row.transfer["retrieval"]),
-            interval(b.beyond["transfer"]) if b.beyond else "",
-        ]
-        lines.append(f"| {PLACES[part]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) if shape else ""
+            share_of(a.row.first),
+            share_of(b.row.texture.first),
+            interval(b.beyond["texture"]) if b.beyond else "",
+            share_of(b.row.colour.first),
+        ])  # fmt: skip
+    heads = [
+        "tuned", "MB", "shape: IoU", "difference", "retrieved", "appearance: first by texture", "difference",
+        "first by colour",
+    ]  # fmt: skip
+    return markdown_table(heads, lines) if lines else ""
 
 
 def arms_of(found: Results, mode: str) -> list[tuple[str, Row]]:
-    return [(arm, found.rows[mode][arm]) for arm in ARMS if arm in found.rows[mode]]
+    """The arms of a mode with their rows, in the order of the tables."""
+    return [(arm, found.rows[mode][arm]) for arm in ordered(found.rows[mode])]
