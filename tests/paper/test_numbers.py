@@ -47,6 +47,11 @@ RIGHT = {
     "reversed": 0.4,
     "decoder/attentions": 0.9,
     "up.1": 0.2,
+    "flat": 0.25,
+    "encoder (source)": 0.45,
+    "decoder (source)": 0.55,
+    "lossless": 1.0,
+    "copy": 0.95,
 }
 
 
@@ -68,11 +73,13 @@ def made_up(config) -> dict:
         }
     draw = np.random.default_rng(int(records.key_of(config)[:8], 16))
     right = RIGHT[config.arm]
-    scores: dict[str, list] = {name: [] for name in ("iou", "combined", "texture_similarity")}
-    for name in ("silhouette", "material", "texture_material", "obeyed_background"):
+    scores: dict[str, list] = {}
+    for name in ("iou", "texture_likeness", "colour_likeness", "texture_distance", "colour_distance"):
+        scores[name] = (right * draw.random(4)).tolist()
+    for name in ("silhouette", "texture_first", "colour_first", "both_first", "obeyed_background"):
         scores[name] = (draw.random(4) < right).tolist()
-    for name in scores:
-        scores[name] = scores[name] or (right * draw.random(4)).tolist()
+    for name in ("texture_rank", "colour_rank", "both_rank"):
+        scores[name] = draw.integers(0, 20, 4).tolist()
     scores["failed"] = [False] * 4
     if isinstance(config, StudyConfig):
         scores |= {"megabytes": 10 * right} if config.kind == "customized" else {}
@@ -150,7 +157,9 @@ def test_a_step_is_held_to_one_of_the_whole_unet_in_the_same_round(stored):
 def test_results_are_of_whole_references(stored):
     found = results.results()
     assert found.references == 3
-    assert set(found.rows) == {"shape", "appearance", "composition"}
+    assert set(found.rows) == {"shape", "shape, filled", "shape, pierced", "appearance", "both"}
+    apart = [found.rows[f"shape, {kind}"]["encoder"].pictures for kind in ("filled", "pierced")]
+    assert sum(apart) == found.rows["shape"]["encoder"].pictures and 0 not in apart
     assert found.rows["shape"]["encoder"].pictures == 12
     # without one arm of one reference, that reference does not count
     path = stored / "study.jsonl"
@@ -173,10 +182,15 @@ def test_records_of_other_weights_do_not_count(stored, monkeypatch):
 def test_the_table_has_every_arm_and_the_intervals(stored):
     text = tables.results_table()
     for arm in tables.ARMS.values():
-        assert len(re.findall(rf"^\| {re.escape(arm)} \|", text, re.M)) >= 2
-    row = results.results().rows["shape"]["encoder"]
-    assert f"{100 * row.transfer['retrieval']:.0f} %" in text
-    assert f"[{row.leakage.low:+.3f}, {row.leakage.high:+.3f}]".replace("-0.000", "+0.000") in text
+        assert re.findall(rf"^\| {re.escape(arm)} \|", text, re.M)
+    row = results.results().rows["shape, pierced"]["encoder"]
+    (line,) = re.findall(rf"^\| encoder tuned \| {row.iou:.2f} \| .*$", text.split("pierced")[1], re.M)
+    leakage = row.texture_leakage
+    assert f"{100 * row.first:.0f} %" in line
+    assert f"[{leakage.low:+.3f}, {leakage.high:+.3f}]".replace("-0.000", "+0.000") in line
+    row = results.results().rows["appearance"]["flat"]
+    shown = f"{100 * row.texture.first:.0f} % | {row.texture.rank:.1f} | {row.texture.distance:.2f}"
+    assert f"| flat area of the material's mean colour | {shown} |" in text
 
 
 def test_what_is_left_at_a_rank(stored):
@@ -188,7 +202,7 @@ def test_what_is_left_at_a_rank(stored):
 
         def scores(config):
             right = kept[config.rank] - 0.1 * config.exportable
-            found = {"iou": [right, None], "silhouette": [True, None], "material": [right > 0.69] * 2}
+            found = {"iou": [right, None], "silhouette": [True, None], "texture_first": [right > 0.69] * 2}
             return {"error": 1 - right, "megabytes": 2.0, **found}
 
         records.get(config, scores, inputs={"backbone mini": "aa"}, device="cpu")
@@ -204,20 +218,19 @@ def test_what_is_left_at_a_rank(stored):
 
 def test_a_contrast_is_between_the_same_pictures(stored):
     same = results.contrast("shape", "encoder", "encoder")
-    assert (same["transfer"].mean, same["leakage"].low, same["leakage"].high) == (0, 0, 0)
+    assert (same["retrieval"].mean, same["leakage"].low, same["leakage"].high) == (0, 0, 0)
     rows = results.results().rows["appearance"]
     found = results.contrast("appearance", "all", "encoder")
-    assert found["transfer"].mean == pytest.approx(
-        rows["all"].transfer["retrieval"] - rows["encoder"].transfer["retrieval"]
-    )
+    for name in ("texture", "colour"):
+        firsts = [getattr(rows[arm], name).first for arm in ("all", "encoder")]
+        assert found[name].mean == pytest.approx(firsts[0] - firsts[1])
     assert found["leakage"].mean == pytest.approx(rows["all"].leakage.mean - rows["encoder"].leakage.mean)
     shapes = results.results().rows["shape"]
     beside = results.contrast("shape", "all", "encoder")
-    assert list(beside) == ["transfer", "IoU", "leakage"] and list(found) == ["transfer", "leakage"]
-    assert beside["IoU"].mean == pytest.approx(
-        shapes["all"].transfer["iou"] - shapes["encoder"].transfer["iou"]
-    )
-    assert found["transfer"].low < found["transfer"].mean < found["transfer"].high
+    assert list(beside) == ["retrieval", "IoU", "leakage"]
+    assert list(found) == ["texture", "colour", "leakage"]
+    assert beside["IoU"].mean == pytest.approx(shapes["all"].iou - shapes["encoder"].iou)
+    assert found["texture"].low < found["texture"].mean < found["texture"].high
 
 
 def test_the_halves_at_equal_size(stored):
@@ -231,43 +244,22 @@ def test_the_halves_at_equal_size(stored):
     assert list(found) == ["encoder", "decoder/attentions", "up.1", "decoder"] and not found["encoder"].beyond
     part, encoder = found["up.1"], found["encoder"]
     assert part.megabytes == pytest.approx(2) and part.row.pictures == encoder.row.pictures == 12
-    assert part.beyond["transfer"].mean == pytest.approx(
-        part.row.transfer["retrieval"] - encoder.row.transfer["retrieval"]
-    )
+    assert part.beyond["texture"].mean == pytest.approx(part.row.texture.first - encoder.row.texture.first)
     assert results.results().references == 3 and "up.1" not in results.results().rows["shape"]
     values, rows = numbers.numbers(), tables.alike_table().splitlines()[2:]
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in tables.PLACES.values()]
     shape = results.alike("shape")["decoder/attentions"]
-    assert values["shape.decoder_attentions.iou"] == f"{shape.row.transfer['iou']:.2f}" in rows[1]
+    assert values["shape.decoder_attentions.iou"] == f"{shape.row.iou:.2f}" in rows[1]
     assert values["shape.decoder_attentions.iou.gain"] == f"{shape.beyond['IoU'].mean:+.2f}" in rows[1]
     assert values["appearance.up_1.mb"] == "2.0"
 
 
 def test_what_composition_gains_is_between_the_same_pictures(stored):
-    same, rows = results.composed("ours", "ours"), results.results().rows["composition"]
+    same, rows = results.composed("ours", "ours"), results.results().rows["both"]
     assert (same.mean, same.low, same.high) == (0, 0, 0)
     gain = results.composed()
-    assert gain.mean == pytest.approx(rows["ours"].transfer["both"] - rows["reversed"].transfer["both"])
+    assert gain.mean == pytest.approx(rows["ours"].right - rows["reversed"].right)
     assert gain.low <= gain.mean <= gain.high
-
-
-def test_experiments_are_told_apart_by_their_tuning(stored):
-    reference = load_references(which="development")[0].id
-    base = StudyConfig("shape", reference, "floor", list="development")
-    tunings = [TuningConfig.of("shape", steps=steps) for steps in (50, 200)]
-    runs = [base, *(dataclasses.replace(base, kind="customized", tuning=tuning) for tuning in tunings)]
-    for config in runs:
-        records.get(config, made_up, inputs={"backbone mini": "aa"}, device="cpu")
-    tried = results.experiments("shape")
-    assert [(tuning.steps, count) for tuning, count, _ in tried] == [(50, 1), (200, 1)]
-    assert tried[0][2].transfer["iou"] == pytest.approx(np.mean(made_up(runs[1])["iou"]))
-    other = StudyConfig(
-        "shape", reference, "customized", TuningConfig.of("shape", steps=9), list="development"
-    )
-    records.get(other, made_up, inputs={"backbone mini": "other weights"}, device="cpu")
-    assert len(results.experiments("shape")) == 2
-    assert results.experiments("appearance") == []
-    assert results.results().references == 3  # and the paper's table is of the evaluation list alone
 
 
 def keys_in(paper: str) -> set[str]:
