@@ -64,7 +64,7 @@ def test_masks_on_a_strong_gradient_at_another_size():
 def test_aligned_iou_ignores_place_size_and_small_rotation():
     world = World(seed=3)
     # The rook is no figure of rotation: every turn changes it.
-    rook = load_references()["rook/pylon"].mask.float()
+    rook = load_references(which="evaluation")["rook/pylon"].mask.float()
     cos, sin = 1.3 * np.cos(0.5), 1.3 * np.sin(0.5)
     placed = torch.tensor([[[cos, -sin, 0.2], [sin, cos, -0.15]]], dtype=torch.float32)
     grid = torch.nn.functional.affine_grid(placed, [1, 1, 64, 64], align_corners=False)

@@ -46,7 +46,7 @@ def test_the_two_lists_share_no_silhouette_and_no_photograph():
 
 def test_materials_are_found_again_in_the_next_silhouette():
     """The ceiling of material retrieval among the evaluation list's 20."""
-    listed = load_references()
+    listed = load_references(which="evaluation")
     found = 0
     for i, material in enumerate(listed.materials):
         image, coverage, _ = compose_reference(listed.silhouettes[(i + 3) % 20].mask, material.tile)
@@ -59,7 +59,7 @@ def test_materials_are_found_again_in_the_next_silhouette():
 
 
 def test_composition():
-    listed = load_references()
+    listed = load_references(which="evaluation")
     knight, brick = listed["knight/brick"].silhouette, listed["knight/brick"].material
     image, coverage, background = compose_reference(knight.mask, brick.tile, size=96)
     assert image.shape == (3, 96, 96) and coverage.shape == (96, 96) and background in references.GROUNDS
@@ -88,7 +88,7 @@ def test_unknown_names():
     with pytest.raises(ValueError, match="evaluation, development"):
         load_references(which="training")
     with pytest.raises(KeyError, match="umbrella/rough-wood"):
-        load_references()["a/b"]
+        load_references(which="evaluation")["a/b"]
     with pytest.raises(ValueError, match="between 1 and 20"):
         load_references(count=0)
 
@@ -97,7 +97,7 @@ def test_a_changed_input_is_refused(monkeypatch):
     glyph = silhouettes.glyph_contours
     monkeypatch.setattr(references, "glyph_contours", lambda codepoint: [c + 1 for c in glyph(codepoint)])
     with pytest.raises(ValueError, match="not what the list was made from"):
-        load_references(count=11)
+        load_references(which="evaluation", count=11)
 
 
 def write_folder(folder, silhouettes):
@@ -157,7 +157,7 @@ def test_a_folder_that_is_not_there_or_too_small(tmp_path):
         load_references(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"no \*\.png"):
         load_references(tmp_path)
-    write_folder(tmp_path, load_references().silhouette_masks[:5])
+    write_folder(tmp_path, load_references(which="evaluation").silhouette_masks[:5])
     with pytest.raises(
         ValueError, match="20 silhouettes of distinct categories are needed, the folder list has 5"
     ):
