@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from .loop import LoopConfig
-
 OPTIMIZERS = ("adamw", "muon")
+
+
+class Rates(Protocol):
+    """What of a `LoopConfig` an optimizer needs."""
+
+    @property
+    def optimizer(self) -> str: ...
+
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
 
 
 class WithMuon(torch.optim.Optimizer):
@@ -59,7 +69,7 @@ def make_adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], config: LoopConfig, inner: Collection[nn.Parameter] = ()
+    parameters: list[nn.Parameter], config: Rates, inner: Collection[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:
     """`config.optimizer`, with weight decay on matrices and kernels, none on biases and normalisation.
 
