@@ -40,7 +40,7 @@ def grids(monkeypatch, tmp_path):
 def test_the_backbone_is_measured_with_a_whole_bundled_list_only(grids):
     of_backbone = configs.backbone_configs()
     assert [config for config in grids() if config in of_backbone] == of_backbone
-    for given in ("--list real", "--references 2", "--list real-development --references 1"):
+    for given in ("--references 2", "--list real-development --references 1"):
         grid = grids(*given.split())
         assert {type(config) for config in grid} == {StudyConfig, CompositionConfig}, given
 
