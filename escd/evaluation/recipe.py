@@ -118,6 +118,9 @@ TRIALS: tuple[Trial, ...] = (
     Trial("shape", "noise 0", {"noise_level": 0.0}),
     Trial("shape", "noise -0.5", {"noise_level": -0.5}),
     Trial("shape", "half the rate", {"learning_rate": 6e-3}),
+    Trial("shape", "80 steps", {"steps": 80}),
+    Trial("shape", "80 steps, 1.5 times the rate", {"steps": 80, "learning_rate": 1.8e-2}),
+    Trial("shape", "160 steps of 8 views", {"batch_size": 8}),
     Trial("shape", "in the decoder", {"part": "decoder", "learning_rate": 3e-3, "bias_learning_rate": 5e-4}),
 )
 
