@@ -156,8 +156,7 @@ def key_of(
         "code": code_sha256(),
         "platform": records.platform_of(backbone.device),
     }
-    if config.needs_e4t and backbone.e4t is not None:
-        made_from["e4t"] = networks_sha256({"e4t": backbone.e4t})
+    made_from |= e4t_inputs(config, backbone)
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
 
 
@@ -174,6 +173,12 @@ def weights_sha256(backbone: Backbone) -> str:
     tokenizer = json.loads(backbone.tokenizer.backend_tokenizer.to_str())["model"]
     parts = {name: part for name, part in backbone.modules.items() if name != "e4t"}
     return networks_sha256(parts | {"scheduler": backbone.scheduler}, json.dumps(tokenizer, sort_keys=True))
+
+
+def e4t_inputs(config: TuningConfig, backbone: Backbone) -> dict[str, str]:
+    """sha256 of what E4T pretrained on a backbone, which only E4T's tunings start from; else empty."""
+    needed = config.needs_e4t and backbone.e4t is not None
+    return {"E4T": networks_sha256({"e4t": backbone.e4t})} if needed else {}
 
 
 def networks_sha256(parts: Mapping[str, Any], beginning: str = "") -> str:

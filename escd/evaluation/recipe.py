@@ -87,10 +87,10 @@ def _sampled(attribute: str, name: str, tuning: Mapping[str, Any]) -> list[Trial
     return [Trial(attribute, name, tuning), *(Trial(attribute, said, tuning, how) for said, how in scales)]
 
 
-def _weakly_guided(**changes: Mapping[str, Any]) -> list[Trial]:
+def _weakly_guided(changes: Mapping[str, Mapping[str, Any]]) -> list[Trial]:
     """The long tuning of an appearance with one change each, by name, at weak guidance."""
     return [
-        Trial("appearance", f"160 steps, guidance 2, {name.replace('_', ' ')}", _LONG | dict(change), _WEAK)
+        Trial("appearance", f"160 steps, guidance 2, {name}", _LONG | dict(change), _WEAK)
         for name, change in changes.items()
     ]
 
@@ -102,15 +102,17 @@ TRIALS: tuple[Trial, ...] = (
     Trial("appearance", "true scale, noise -1.5, guidance 2", _LATE, _WEAK),
     *_sampled("appearance", "160 steps", _LONG),
     *_weakly_guided(
-        enlarged_views={"true_scale": False},
-        less_noise={"noise_level": -2.2},
-        more_noise={"noise_level": -0.8},
-        uniform_timesteps={"noise_level": None},
-        twice_the_rate={"learning_rate": 2e-3},
-        half_the_rate={"learning_rate": 5e-4},
-        AdamW={"optimizer": "adamw", "learning_rate": 3e-4, "bias_learning_rate": None},
-        in_the_encoder={"part": "encoder"},
-        gradient_of_the_decoder_alone={"conditioning": "half"},
+        {
+            "enlarged views": {"true_scale": False},
+            "less noise": {"noise_level": -2.2},
+            "more noise": {"noise_level": -0.8},
+            "uniform timesteps": {"noise_level": None},
+            "twice the rate": {"learning_rate": 2e-3},
+            "half the rate": {"learning_rate": 5e-4},
+            "AdamW": {"optimizer": "adamw", "learning_rate": 3e-4, "bias_learning_rate": None},
+            "in the encoder": {"part": "encoder"},
+            "gradient of the decoder alone": {"conditioning": "half"},
+        }
     ),
     Trial("appearance", "80 steps, guidance 2", _LONG | {"steps": 80}, _WEAK),
     Trial("appearance", "80 steps of 16 views, guidance 2", _LONG | {"steps": 80, "batch_size": 16}, _WEAK),

@@ -129,9 +129,9 @@ class Study:
         shipped = model is not None and model.folder is not None
         weights = shipped_weights(config.backbone) if shipped else self.weights(config.backbone)
         inputs = {f"backbone {config.backbone}": weights}
-        if any(isinstance(each, TuningConfig) and each.needs_e4t for each in vars(config).values()):
-            e4t = self.backbone(config.backbone).e4t
-            inputs["E4T"] = "none" if e4t is None else kept.networks_sha256({"e4t": e4t})
+        for tuning in vars(config).values():
+            if isinstance(tuning, TuningConfig) and tuning.needs_e4t:
+                inputs |= kept.e4t_inputs(tuning, self.backbone(config.backbone))
         if not isinstance(config, AutoencoderConfig):
             inputs["judges"] = _sha256(paths.WEIGHTS / "judges")
         if isinstance(config, ListConfig):

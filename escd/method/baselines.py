@@ -181,7 +181,7 @@ _ALL = (
         "a meaning, so its rare word names a background",
         part="all",
         settings={"start": "rare", "learn_word": False, "batch_size": 1, "views": 1, "prior_images": 200},
-        # As diffusers' guide with prior preservation, class images too; the paper has about 1000 steps.
+        # The upper end of diffusers' 400 to 800 steps, for prior preservation.
         large={"learning_rate": 5e-6, "steps": 800},
         before_class="",
     ),

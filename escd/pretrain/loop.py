@@ -49,7 +49,7 @@ class LoopConfig:
     # Averaged weights follow with rate (1 + step) ** -0.75, at most this.
     ema_decay: float = 0.9995
     seed: int = 0
-    # "adamw", or "muon": Muon for the matrices and kernels that the stage names (`Stage.inner`).
+    # "adamw", or "muon": Muon for the matrices and kernels that the stage names (`Stage.muon_parameters`).
     optimizer: str = "adamw"
 
     def rate(self, images: int) -> float:
@@ -59,7 +59,10 @@ class LoopConfig:
 
 
 class Stage(Protocol):
-    """What a pretraining stage gives the loop. Optional: `load`, the state dicts, `inner`, `facts`."""
+    """What a pretraining stage gives the loop.
+
+    Optional: `load`, the state dicts, `muon_parameters`, `facts`.
+    """
 
     name: str
     loop: LoopConfig
@@ -78,7 +81,7 @@ class Stage(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
 
-    def inner(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[nn.Parameter]:
         """Parameters that Muon may train: those inside a network, without its first and last layer."""
 
     def facts(self) -> dict[str, Any]:
@@ -177,7 +180,9 @@ class Training:
         if further or self.progress.earlier:
             self.stage.load(weights)  # decides which parameters require gradients
         self.parameters = [p for p in self.stage.module.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, self.config, self._inner())
+        self.optimizer = make_optimizer(
+            self.parameters, self._muon(), self.config.learning_rate, self.config.weight_decay
+        )
         self.ema = EMAModel(
             self.parameters,
             decay=self.config.ema_decay,
@@ -195,13 +200,15 @@ class Training:
         # Images of earlier trainings are not used again.
         self.offset = sum(training["images"] for training in self.progress.earlier)
 
-    def _inner(self) -> list[nn.Parameter]:
-        """What Muon may train; ValueError for an optimizer that the stage cannot have."""
+    def _muon(self) -> list[nn.Parameter]:
+        """What Muon trains; ValueError for an optimizer that the stage cannot have."""
         if self.config.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {' or '.join(OPTIMIZERS)}, not {self.config.optimizer!r}")
-        if self.config.optimizer == "muon" and not hasattr(self.stage, "inner"):
+        if self.config.optimizer != "muon":
+            return []
+        if not hasattr(self.stage, "muon_parameters"):
             raise ValueError(f"Muon is not for {self.stage.name}, which does not say what it may train")
-        return self.stage.inner() if hasattr(self.stage, "inner") else []
+        return self.stage.muon_parameters()
 
     def _restore(self) -> None:
         """Take networks, optimizer and progress from the state of a killed run.

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 OPTIMIZERS = ("adamw", "muon")
-
-
-class Rates(Protocol):
-    """What of a `LoopConfig` an optimizer needs."""
-
-    @property
-    def optimizer(self) -> str: ...
-
-    @property
-    def learning_rate(self) -> float: ...
-
-    @property
-    def weight_decay(self) -> float: ...
 
 
 class WithMuon(torch.optim.Optimizer):
@@ -69,21 +56,18 @@ def make_adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], config: Rates, inner: Collection[nn.Parameter] = ()
+    parameters: list[nn.Parameter], muon: Collection[nn.Parameter], lr: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`config.optimizer`, with weight decay on matrices and kernels, none on biases and normalisation.
+    """AdamW, or `WithMuon` where `muon` has any of two dimensions or more; vectors are always AdamW's.
 
-    inner: the parameters that Muon may train; those with fewer than two dimensions stay AdamW's.
+    Matrices and kernels have weight decay; biases and normalisation have none.
     """
-    allowed = {id(p) for p in inner} if config.optimizer == "muon" else set()
-    muon = [p for p in parameters if id(p) in allowed and p.ndim > 1]
-    chosen = {id(p) for p in muon}
-    rest = [p for p in parameters if id(p) not in chosen]
+    allowed = {id(p) for p in muon if p.ndim > 1}
+    kernels = [p for p in parameters if id(p) in allowed]
+    rest = [p for p in parameters if id(p) not in allowed]
     groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if muon:
-        return WithMuon(muon, groups, config.learning_rate, config.weight_decay)
-    return make_adamw(groups, config.learning_rate)
+    return WithMuon(kernels, groups, lr, weight_decay) if kernels else make_adamw(groups, lr)

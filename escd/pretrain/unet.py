@@ -143,7 +143,7 @@ class UNetStage:
         self.module.set_old_channels(old)
         self.module.load(folder)
 
-    def inner(self) -> list[torch.nn.Parameter]:
+    def muon_parameters(self) -> list[torch.nn.Parameter]:
         """The UNet's parameters without its first and last convolution."""
         outer = ("conv_in.", "conv_out.")
         return [p for name, p in self.module.unet.named_parameters() if not name.startswith(outer)]

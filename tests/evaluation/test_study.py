@@ -201,7 +201,7 @@ def test_what_e4t_pretrained_is_an_input_of_its_own_runs_alone(made, listed, bac
     look()
     of_plain, of_e4t = zip(*inputs, strict=True)
     assert "E4T" not in of_plain[0] and of_plain[0] == of_plain[1] == of_plain[2]
-    assert len({each["E4T"] for each in of_e4t}) == 3
+    assert len({each.get("E4T") for each in of_e4t}) == 3
     of_plain, of_e4t = zip(*keys, strict=True)
     assert len(set(of_plain)) == 1 and len(set(of_e4t)) == 3
 

@@ -617,7 +617,7 @@ class Inner(Drawing):
         loss, logs = DrawingLoss.forward(self.module, x)
         return loss + (self.module.kernel - torch.arange(6).view(2, 3, 1, 1) / 6).square().mean(), logs
 
-    def inner(self) -> list[nn.Parameter]:
+    def muon_parameters(self) -> list[nn.Parameter]:
         return [self.module.kernel, self.module.layer.bias]
 
 
@@ -650,10 +650,9 @@ def test_muon_takes_the_step_of_pytorch_and_adamw_the_rest():
     torch.manual_seed(0)
     kernel, bias = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.randn(4))
     alone = nn.Parameter(kernel.detach().clone().flatten(1))
-    config = LoopConfig(images=1, batch_size=1, learning_rate=0.1, optimizer="muon")
-    ours = make_optimizer([kernel, bias], config, [kernel, bias])
+    ours = make_optimizer([kernel, bias], [kernel, bias], 0.1, 0.01)
     muon = torch.optim.Muon(
-        [alone], lr=0.05, momentum=0.95, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        [alone], lr=0.05, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
     )
     for group in ours.param_groups:
         group["lr"] = 0.05
