@@ -33,6 +33,7 @@ from .results import (
     contrast,
     cost_records,
     images_seen,
+    latent_channels,
     pairs,
     results,
     step_costs,
@@ -70,6 +71,7 @@ def _backbone_numbers() -> dict[str, str]:
     weights = sorted(hub.MODELS["mini"].folder.rglob("*.safetensors"))
     autoencoders, (judges, obedience) = backbone_records()
     values = {
+        "backbone.latents": str(latent_channels()),
         "backbone.images_seen": f"{images_seen(training()['unet']):,}",
         "backbone.parameters_m": f"{sum(_parameters(path) for path in weights) / 1e6:.1f}",
         "backbone.mb": f"{sum(path.stat().st_size for path in weights) / 1e6:.0f}",
@@ -287,7 +289,7 @@ def _rates_in_words(values: Mapping[str, str]) -> list[str]:
         f"More latent channels reconstruct better: with {', '.join(latents[:-1])} and {latents[-1]} of them, "
         f"trained alike on {values['rate.images']} images, the tiles have {each('psnr')} dB and keep "
         f"{each('detail')} % of their high-frequency energy ([figure](figures/autoencoder_rate.png)). `mini` "
-        f"has {LATENT_CHANNELS}, like Stable Diffusion.",
+        f"has {values['backbone.latents']}, Stable Diffusion {LATENT_CHANNELS}.",
         "",
     ]
 

@@ -279,6 +279,11 @@ def images_seen(record: Mapping[str, Any]) -> int:
     return record["images"] + sum(one["images"] for one in record.get("earlier", ()))
 
 
+def latent_channels(backbone: str = "mini") -> int:
+    """How many latent channels a shipped backbone has."""
+    return int(json.loads((hub.MODELS[backbone].folder / "vae" / "config.json").read_text())["latent_channels"])
+
+
 def at_full_size(kind: str) -> Record | None:
     """The newest record of a kind at Stable Diffusion 1.5's size on a CPU: "size", "tuning_cost"."""
     stored = [r for r in records.all(kind) if r.config["size"] == "sd15" and r.device == "cpu"]

@@ -140,8 +140,8 @@ def _problem(arguments: argparse.Namespace, elsewhere: bool) -> str | None:
         ),
         (
             arguments.latents != LATENT_CHANNELS and arguments.weights is None,
-            f"the shipped weights have {LATENT_CHANNELS} latent channels: name a folder for others with "
-            "--weights (with --further, the autoencoder in it grows)",
+            "--latents is for a folder of your own: name it with --weights (with --further, the autoencoder "
+            "in it grows)",
         ),
     )
     return next((line for wrong, line in checks if wrong), None)
