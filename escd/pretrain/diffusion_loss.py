@@ -129,7 +129,7 @@ class DiffusionLoss(FiltersInTraining):
         self.old_channels, self.__dict__["weights"] = old, weights
 
     def set_wrong_channels(self, wrong: WrongChannels) -> None:
-        """Give rows of each batch in training wrong added channels; ValueError for a teacher that does not fit."""
+        """Give rows of a training batch wrong added channels; ValueError for a teacher that does not fit."""
         if self.old_channels == self.unet.config.in_channels:
             raise ValueError("a teacher is for a UNet with added latent channels; this one has none")
         if wrong.channels != self.old_channels:
