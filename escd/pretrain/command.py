@@ -104,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"latent channels of the autoencoder (default: SD's {LATENT_CHANNELS}); the UNet takes as many "
         "as the autoencoder beside it has",
     )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="FOLDER",
+        help="for the stage unet with --further: the weights before the UNet grew; it learns not to lean on "
+        "its added channels",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads of this process")
     return parser
 
@@ -131,6 +138,14 @@ def _problem(arguments: argparse.Namespace, elsewhere: bool) -> str | None:
             f"--optimizer muon is for the stage {UNetStage.name} alone",
         ),
         (
+            arguments.teacher is not None and not (stages == [UNetStage.name] and arguments.further),
+            f"--teacher is for the stage {UNetStage.name} alone, with --further",
+        ),
+        (
+            arguments.teacher is not None and not (arguments.teacher / "unet" / "config.json").is_file(),
+            f"--teacher: {arguments.teacher} has no unet/config.json",
+        ),
+        (
             arguments.further and fixed,
             f"--further is not for {', '.join(fixed)}: later stages would have to start anew",
         ),
@@ -153,6 +168,7 @@ def _makers(arguments: argparse.Namespace, weights: Path) -> dict[str, Callable[
         name: lambda device, stage=stage: stage(device, weights) for name, stage in KNOWN.items()
     }
     makers[AutoencoderStage.name] = lambda device: AutoencoderStage(device, weights, arguments.latents)
+    makers[UNetStage.name] = lambda device: UNetStage(device, weights, arguments.teacher)
     makers[FilterStage.name] = lambda device: FilterStage(device, arguments.backbone, arguments.data)
     if arguments.data is not None:
         makers[E4TStage.name] = lambda device: E4TStage(device, arguments.backbone, arguments.data)

@@ -19,6 +19,7 @@ from .autoencoder import LATENT_CHANNELS
 from .networks import make_scheduler, make_unet
 from .pairs import MATERIAL, OUTLINE
 from .towers import WIDTH
+from .wrong_channels import WrongChannels
 
 # Mean of the log noise-to-signal ratio in training, and its increase under "*m": the outline is decided at
 # high noise.
@@ -113,7 +114,9 @@ class DiffusionLoss(FiltersInTraining):
         super().__init__(backbone(unet))
         self.unet, self.scheduler = unet, make_scheduler()
         self.set_old_channels(channels)
-        self.__dict__["captured"] = {}  # CUDA graphs; kept out of this module's state
+        # Kept out of this module's state: CUDA graphs, and what makes added channels wrong in training.
+        self.__dict__["captured"] = {}
+        self.__dict__["wrong_channels"] = None
 
     def set_old_channels(self, old: int) -> None:
         """Treat the latent channels from number `old` on as added: with a lower weight, at lower noise."""
@@ -125,27 +128,58 @@ class DiffusionLoss(FiltersInTraining):
         self.means = (GROWN_NOISE_MEAN, GROWN_NOISIER) if grown else (NOISE_MEAN, NOISIER)
         self.old_channels, self.__dict__["weights"] = old, weights
 
+    def set_wrong_channels(self, wrong: WrongChannels) -> None:
+        """Give rows of a training batch wrong added channels; ValueError for a teacher that does not fit."""
+        if self.old_channels == self.unet.config.in_channels:
+            raise ValueError("a teacher is for a UNet with added latent channels; this one has none")
+        if wrong.channels != self.old_channels:
+            raise ValueError(
+                f"the teacher has {wrong.channels} latent channels; before the UNet grew it had "
+                f"{self.old_channels}"
+            )
+        self.__dict__["wrong_channels"] = wrong
+
     def forward(self, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         # (rows, increase of the mean) for each kind of prompt
         mean, noisier = self.means
         means = ((step.plain, 0.0), (step.shape, noisier), (step.appearance, 0.0), (step.both, noisier))
         t = torch.cat([draw_noise_levels(self.scheduler, n, mean + more) for n, more in means])
         t, noise = t.to(step.x_0.device), torch.randn_like(step.x_0)
-        x_t, target = noised(self.scheduler, step.x_0, noise, t)
+        kinds, ids = (step.plain, step.shape, step.appearance, step.both), self.ids(step)
+        x_t, target, wrong = self._noised(step, noise, t, ids, kinds)
         given = (
-            x_t, t, target, self.ids(step), step.shape_ref,
+            x_t, t, target, ids, step.shape_ref,
             step.appearance_ref, step.probe_ref, step.outline, step.material,
         )  # fmt: skip
-        kinds = (step.plain, step.shape, step.appearance, step.both)
         errors, outline, material = self._errors(kinds, given)  # errors: (N, C)
         known = errors[:, : self.old_channels].mean(1)
         names = ("plain", "shape", "appearance", "both")
-        logs = {name: part.mean() for name, part in zip(names, known.split(kinds), strict=True) if len(part)}
+        parts = zip(names, known.split(kinds), wrong.split(kinds), strict=True)
+        logs = {name: part[~off].mean() for name, part, off in parts if not off.all()}
+        if wrong.any():
+            logs["wrong"] = known[wrong].mean()
+        weights = self.weights.to(errors).expand_as(errors)
         if self.old_channels < errors.shape[1]:
-            logs["added"] = errors[:, self.old_channels :].mean()
+            logs["added"] = errors[~wrong, self.old_channels :].mean()
+            added = torch.arange(errors.shape[1], device=errors.device) >= self.old_channels
+            weights = weights.masked_fill(wrong[:, None] & added, 0.0)
         probes = {"outline": outline, "material": material}
-        error = (errors * self.weights.to(errors)).mean()
+        error = (errors * weights).mean()
         return error + self.probe_weight * sum(probes.values()), logs | probes
+
+    def _noised(
+        self, step: Step, noise: Tensor, t: Tensor, ids: Tensor, kinds: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noised latents, targets (N, C, h, w), and which rows (N,) have wrong added channels."""
+        if self.wrong_channels is None or not torch.is_grad_enabled():
+            right = torch.zeros(len(t), dtype=torch.bool, device=t.device)
+            return *noised(self.scheduler, step.x_0, noise, t), right
+        kind = t.device.type
+        dtype, on = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        # Autocast would keep the copies of weights that are made here, which have no gradients.
+        with torch.no_grad(), torch.autocast(kind, dtype, on, cache_enabled=False):
+            text = self.read(ids, kinds, step.shape_ref, step.appearance_ref)
+            return self.wrong_channels(self.unet, self.scheduler, step.x_0, noise, t, text, step.plain)
 
     def _errors(self, kinds: tuple[int, ...], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`StepErrors`, on a single GPU as a CUDA graph.

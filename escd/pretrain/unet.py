@@ -47,9 +47,11 @@ from .pairs import (
     quartets,
 )
 from .towers import load_text_tower
+from .wrong_channels import WrongChannels
 
 PROMPT_DROPOUT = 0.1
-OLD_CHANNELS = "old_channels"  # key of the training record and of the stage's state
+# Keys of the training record and of the stage's state.
+OLD_CHANNELS, TEACHER = "old_channels", "teacher"
 # How often each latent is used, with new noise, timestep and caption: on a CPU, encoding an image costs a
 # fifth of a training step.
 REUSE = {"cpu": 4, "cuda": 4, "mps": 2}
@@ -66,7 +68,10 @@ WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH = 0.3125, 0.1875, 0.125
 
 
 class UNetStage:
-    """Trains the UNet beside the autoencoder, text tower and image tower in `folder`, and its filters."""
+    """Trains the UNet beside the autoencoder, text tower and image tower in `folder`, and its filters.
+
+    teacher: weights before the UNet grew, for `escd.pretrain.wrong_channels`.
+    """
 
     name = "unet"
     loop = LoopConfig(
@@ -77,8 +82,9 @@ class UNetStage:
     shares = (WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH)
     partners = (SAME_SHAPE, SAME_APPEARANCE)
 
-    def __init__(self, device: torch.device, folder: Path) -> None:
+    def __init__(self, device: torch.device, folder: Path, teacher: Path | None = None) -> None:
         self.device = device
+        self.wrong_channels = WrongChannels(teacher, device) if teacher else None
         torch.manual_seed(13)
         channels = AutoencoderKL.load_config(folder / "vae")["latent_channels"]
         self.module = DiffusionLoss(lambda unet: self._frozen(folder, unet), channels)
@@ -131,6 +137,7 @@ class UNetStage:
         """Take an exported UNet and its filters; the UNet grows to the autoencoder's latent channels.
 
         Its own channels are the old ones; those of a grown UNet are in the record beside it (`facts`).
+        Raises ValueError for a teacher that does not fit.
         """
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
         old, channels = unet.config.in_channels, self.module.unet.config.in_channels
@@ -141,6 +148,8 @@ class UNetStage:
             old = record.get(OLD_CHANNELS, old)
         self.module.unet.load_state_dict(unet.state_dict())
         self.module.set_old_channels(old)
+        if self.wrong_channels:
+            self.module.set_wrong_channels(self.wrong_channels)
         self.module.load(folder)
 
     def muon_parameters(self) -> list[torch.nn.Parameter]:
@@ -148,10 +157,11 @@ class UNetStage:
         outer = ("conv_in.", "conv_out.")
         return [p for name, p in self.module.unet.named_parameters() if not name.startswith(outer)]
 
-    def facts(self) -> dict[str, int]:
-        """The number of latent channels that were not added to a grown UNet."""
+    def facts(self) -> dict[str, Any]:
+        """Of a grown UNet: the number of latent channels that were not added, and its teacher's sha256."""
         old = self.module.old_channels
-        return {OLD_CHANNELS: old} if old < self.module.unet.config.in_channels else {}
+        facts: dict[str, Any] = {OLD_CHANNELS: old} if old < self.module.unet.config.in_channels else {}
+        return facts | ({TEACHER: self.wrong_channels.sha256} if self.wrong_channels else {})
 
     def state_dict(self) -> dict[str, Any]:
         """The ring buffers, their captions, the counts of rendered images and the random generator."""
@@ -161,10 +171,13 @@ class UNetStage:
         return {
             **rings, **counts, "captions": self.captions[:filled], "generator": self.generator.get_state(),
             OLD_CHANNELS: self.module.old_channels,
+            TEACHER: self.wrong_channels.sha256 if self.wrong_channels else None,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned; ValueError where it has another teacher than this stage."""
+        if state.get(TEACHER) != (self.wrong_channels.sha256 if self.wrong_channels else None):
+            raise ValueError("this run was begun with another teacher, or with none: name the same --teacher")
         self.module.set_old_channels(state[OLD_CHANNELS])
         for name in ("painted", "steps", "first", "taken"):
             setattr(self, name, state[name])
