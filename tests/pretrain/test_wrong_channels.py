@@ -23,6 +23,7 @@ from escd.pretrain.unet import UNetStage
 from escd.pretrain.wrong_channels import WRONG_SHARE, WrongChannels
 
 OLD, CHANNELS, ROWS, PLAIN = 4, 6, 20, 12
+pytestmark = pytest.mark.usefixtures("few_pictures")
 CPU = torch.device("cpu")
 
 
@@ -141,8 +142,6 @@ def test_a_teacher_has_the_channels_that_the_unet_had_before_it_grew(teacher, tm
 def test_a_killed_training_with_a_teacher_goes_on_with_it_alone(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(unet_module, "BEGUN", 32)
-    monkeypatch.setattr(unet_module, "HELD_OUT", 8)
-    monkeypatch.setattr(unet_module, "SAMPLER_STEPS", 1)
     weights = tmp_path / "weights"
     weights.mkdir()
     for name in ("text_encoder", "tokenizer", "image_tower"):
