@@ -28,7 +28,7 @@ from escd.method.customization import Customization
 from escd.method.fusion import AttributeFilter
 from escd.method.optimizers import Updates
 from escd.method.pipeline import ESCDPipeline
-from escd.pretrain import autoencoder
+from escd.pretrain import autoencoder, filters
 from escd.pretrain import unet as unet_stage
 
 WORDS = (
@@ -189,6 +189,7 @@ def few_pictures():
         patch.setattr(unet_stage, "BEGUN", 128)
         patch.setattr(unet_stage, "HELD_OUT", 32)
         patch.setattr(unet_stage, "SAMPLER_STEPS", 2)
+        patch.setattr(filters, "SAMPLER_STEPS", 2)
         patch.setattr(autoencoder, "FITTED", 64)
         patch.setattr(autoencoder, "HELD_OUT", 16)
         yield

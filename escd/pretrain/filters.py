@@ -36,6 +36,7 @@ from .pairs import materials, outlines
 NEEDED = 8  # images at least
 HELD_OUT = 0.1  # share of the images for the evaluation
 STANDARD = 64  # images that the mean and deviation of each feature come from
+SAMPLER_STEPS = 15  # of an image in the grid
 
 
 @dataclass
@@ -196,7 +197,7 @@ def save_untuned(
             pipe.set_progress_bar_config(disable=True)
             drawn = pipe(
                 prompt.format(ATTRIBUTES[name].token),
-                num_inference_steps=15,
+                num_inference_steps=SAMPLER_STEPS,
                 generator=torch.Generator().manual_seed(0),
                 output_type="pt",
             ).images

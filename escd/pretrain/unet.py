@@ -70,7 +70,7 @@ WITH_SHAPE, WITH_APPEARANCE, WITH_BOTH = 0.3125, 0.1875, 0.125
 class UNetStage:
     """Trains the UNet beside the autoencoder, text tower and image tower in `folder`, and its filters.
 
-    teacher: weights before the UNet grew, for `escd.pretrain.wrong_channels`.
+    teacher: weights before the UNet grew, for further training (`load`, `escd.pretrain.wrong_channels`).
     """
 
     name = "unet"
@@ -84,7 +84,7 @@ class UNetStage:
 
     def __init__(self, device: torch.device, folder: Path, teacher: Path | None = None) -> None:
         self.device = device
-        self.wrong_channels = WrongChannels(teacher, device) if teacher else None
+        self.teacher = teacher
         torch.manual_seed(13)
         channels = AutoencoderKL.load_config(folder / "vae")["latent_channels"]
         self.module = DiffusionLoss(lambda unet: self._frozen(folder, unet), channels)
@@ -148,8 +148,8 @@ class UNetStage:
             old = record.get(OLD_CHANNELS, old)
         self.module.unet.load_state_dict(unet.state_dict())
         self.module.set_old_channels(old)
-        if self.wrong_channels:
-            self.module.set_wrong_channels(self.wrong_channels)
+        if self.teacher:
+            self.module.set_wrong_channels(WrongChannels(self.teacher, self.device))
         self.module.load(folder)
 
     def muon_parameters(self) -> list[torch.nn.Parameter]:
@@ -159,9 +159,12 @@ class UNetStage:
 
     def facts(self) -> dict[str, Any]:
         """Of a grown UNet: the number of latent channels that were not added, and its teacher's sha256."""
-        old = self.module.old_channels
+        old, teacher = self.module.old_channels, self._teacher_sha256()
         facts: dict[str, Any] = {OLD_CHANNELS: old} if old < self.module.unet.config.in_channels else {}
-        return facts | ({TEACHER: self.wrong_channels.sha256} if self.wrong_channels else {})
+        return facts | ({TEACHER: teacher} if teacher else {})
+
+    def _teacher_sha256(self) -> str | None:
+        return self.module.wrong_channels.sha256 if self.module.wrong_channels else None
 
     def state_dict(self) -> dict[str, Any]:
         """The ring buffers, their captions, the counts of rendered images and the random generator."""
@@ -171,12 +174,12 @@ class UNetStage:
         return {
             **rings, **counts, "captions": self.captions[:filled], "generator": self.generator.get_state(),
             OLD_CHANNELS: self.module.old_channels,
-            TEACHER: self.wrong_channels.sha256 if self.wrong_channels else None,
+            TEACHER: self._teacher_sha256(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; ValueError where it has another teacher than this stage."""
-        if state.get(TEACHER) != (self.wrong_channels.sha256 if self.wrong_channels else None):
+        if state.get(TEACHER) != self._teacher_sha256():
             raise ValueError("this run was begun with another teacher, or with none: name the same --teacher")
         self.module.set_old_channels(state[OLD_CHANNELS])
         for name in ("painted", "steps", "first", "taken"):

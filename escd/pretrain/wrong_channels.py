@@ -47,6 +47,8 @@ class WrongChannels:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Noised latents and targets (N, C, h, w) of a batch, and which rows (N,) have wrong added channels.
 
+        N is at least 2, for there to be another image.
+
         x_0, noise: clean latents and noise (N, C, h, w). text: conditioning (N, L, D) of prompts of which the
         first `plain` have no pseudo-word: there the teacher gives the old channels' targets, elsewhere the
         truth does. The targets of wrong added channels are meaningless.
@@ -56,7 +58,7 @@ class WrongChannels:
         rows = torch.randperm(count)[: round(count * WRONG_SHARE)].to(x_0.device)
         guessed = rows[: len(rows) // 2]
         share = torch.rand(count, 1, 1, 1).to(x_0)
-        another = x_0.roll(1 + int(torch.randint(count - 1, ())), 0)[:, old:] if count > 1 else -x_0[:, old:]
+        another = x_0.roll(1 + int(torch.randint(count - 1, ())), 0)[:, old:]
         wrong = x_0.clone()
         wrong[:, old:] = torch.lerp(x_0[:, old:], another, share)
         guess = self._guess(unet, scheduler, x_0[guessed], t[guessed], text[guessed])[:, old:]
@@ -73,11 +75,9 @@ class WrongChannels:
         self, unet: UNet2DConditionModel, scheduler: DDIMScheduler, x_0: Tensor, t: Tensor, text: Tensor
     ) -> Tensor:
         """The clean latents (N, C, h, w) that the UNet predicts in one step from a higher timestep."""
-        if not len(x_0):
-            return x_0
         last = scheduler.config.num_train_timesteps - 1
         earlier = (t + torch.randint(*EARLIER_BY, (len(t),)).to(t)).clamp(max=last)
         x_t, _ = noised(scheduler, x_0, torch.randn_like(x_0), earlier)
         velocity = unet(x_t, earlier, text).sample.to(x_t)
-        signal = scheduler.alphas_cumprod.to(x_t)[earlier][:, None, None, None]
-        return signal.sqrt() * x_t - (1 - signal).sqrt() * velocity
+        # v = a e - s x_0 and x_t = a x_0 + s e give x_0 = a x_t - s v: the velocity's formula again.
+        return scheduler.get_velocity(velocity, x_t, earlier)

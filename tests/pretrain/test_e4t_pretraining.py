@@ -20,6 +20,7 @@ from escd.pretrain.e4t import E4TStage
 from escd.pretrain.loop import train
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("few_pictures")
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from escd.pretrain import loop
 from escd.pretrain.command import main
 from escd.pretrain.filters import NEEDED, FilterStage, images_to_learn_from
 
+pytestmark = pytest.mark.usefixtures("few_pictures")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -23,6 +23,7 @@ from escd.pretrain.unet import UNetStage
 from escd.pretrain.wrong_channels import WRONG_SHARE, WrongChannels
 
 OLD, CHANNELS, ROWS, PLAIN = 4, 6, 20, 12
+pytestmark = pytest.mark.usefixtures("few_pictures")
 CPU = torch.device("cpu")
 
 
@@ -35,10 +36,12 @@ def teacher(tmp_path_factory) -> Path:
 
 
 class Guesses(nn.Module):
-    """A UNet whose velocity is zero: its guess of clean latents is the signal's share of what it reads."""
+    """A UNet that takes every clean latent to be 3; it keeps the timesteps that it was asked for."""
 
     def forward(self, x_t, t, text):
-        return SimpleNamespace(sample=torch.zeros_like(x_t))
+        self.asked = t
+        signal = make_scheduler().alphas_cumprod[t][:, None, None, None]
+        return SimpleNamespace(sample=(signal.sqrt() * x_t - 3.0) / (1 - signal).sqrt())
 
 
 @pytest.fixture
@@ -63,15 +66,21 @@ def test_only_added_channels_of_a_share_of_the_rows_are_replaced(replaced):
     assert torch.equal(changed, replaced.off & before_the_end)
 
 
-def test_the_teacher_is_asked_under_plain_prompts_and_the_truth_elsewhere(
-    replaced,
-):
+def test_the_teacher_is_asked_under_plain_prompts_and_the_truth_elsewhere(replaced):
     taught = replaced.off & (torch.arange(ROWS) < PLAIN)
     assert 0 < taught.sum() < replaced.off.sum()
     with torch.no_grad():
         said = replaced.teacher(replaced.x_t[taught, :OLD], replaced.t[taught], replaced.text[taught]).sample
     assert torch.allclose(replaced.target[taught, :OLD], said, atol=1e-5)
     assert torch.equal(replaced.target[~taught], replaced.right[1][~taught])
+
+
+def test_a_guess_is_the_clean_latents_that_the_unet_sees_at_a_higher_timestep(teacher):
+    unet, t = Guesses(), torch.tensor([0, 300, 990])
+    x_0 = torch.randn(3, CHANNELS, 16, 16)
+    guess = WrongChannels(teacher, CPU)._guess(unet, make_scheduler(), x_0, t, torch.randn(3, 5, 192))
+    assert torch.allclose(guess, torch.full_like(x_0, 3.0), atol=1e-3)
+    assert (unet.asked > t).all() and (unet.asked[:2] - t[:2] < 400).all() and unet.asked[2] == 999
 
 
 def loss_of(teacher: Path | None) -> tuple[DiffusionLoss, Step]:
@@ -141,8 +150,6 @@ def test_a_teacher_has_the_channels_that_the_unet_had_before_it_grew(teacher, tm
 def test_a_killed_training_with_a_teacher_goes_on_with_it_alone(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(unet_module, "BEGUN", 32)
-    monkeypatch.setattr(unet_module, "HELD_OUT", 8)
-    monkeypatch.setattr(unet_module, "SAMPLER_STEPS", 1)
     weights = tmp_path / "weights"
     weights.mkdir()
     for name in ("text_encoder", "tokenizer", "image_tower"):
