@@ -27,7 +27,7 @@ from .method.config import TuningConfig
 from .method.cost import require_memory, time_in_words, tuning_cost
 from .method.customization import Customization, load_customization, steps_of
 from .method.export import export
-from .method.guidance import PLAIN_SCALE
+from .method.guidance import PLAIN_SCALE, UNCONDITIONAL
 from .method.inputs import MOST
 from .method.low_rank import low_rank, megabytes_at
 from .method.pipeline import ESCDPipeline
@@ -41,6 +41,7 @@ DRAWING = {
     "images": 1,
     "steps": 25,
     "guidance_scale": None,
+    "guidance_from": None,
     "shape_strength": 1.0,
     "appearance_strength": 1.0,
     "backbone": "mini",
@@ -123,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance-scale",
         type=float,
         help=f"default: {PLAIN_SCALE:g}, or that of the attributes in the prompt",
+    )
+    draw.add_argument(
+        "--guidance-from",
+        choices=UNCONDITIONAL,
+        help="which UNet predicts the branch without the prompt; default: that of the attributes in it",
     )
     draw.add_argument("--output", type=Path, default=Path("."), metavar="DIR", help="folder for the images")
     draw.add_argument(
@@ -228,12 +234,14 @@ def _generate(options: argparse.Namespace, _ending: Ending) -> None:
         negative_prompt=said["negative_prompt"],
         num_inference_steps=said["steps"],
         guidance_scale=said["guidance_scale"],
+        guidance_from=said["guidance_from"],
         shape_strength=said["shape_strength"],
         appearance_strength=said["appearance_strength"],
         num_images_per_prompt=len(seeds),
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images
-    said["guidance_scale"] = pipe.guidance_scale  # of this call, where none was given
+    # Of this call, where none was given.
+    said |= {"guidance_scale": pipe.guidance_scale, "guidance_from": pipe.guidance_from}
     said |= {"first_seed": seeds[0], "images": len(seeds), "backbone": named(said["backbone"])}
     written = []
     for seed, image in zip(seeds, images, strict=True):

@@ -35,6 +35,7 @@ class Drawn:
     images: int
     steps: int
     guidance_scale: float
+    guidance_from: str
     shape_strength: float
     appearance_strength: float
     # Files of the customizations, as they were named (of an absolute path the name alone), and their sha256.

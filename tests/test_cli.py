@@ -266,7 +266,8 @@ def test_pictures_do_not_replace_each_other_and_say_how_they_were_drawn(here, ti
     digest = hashlib.sha256(Path("horse.safetensors").read_bytes()).hexdigest()
     wanted = {
         "prompt": "a *m shape", "negative_prompt": "blue", "seed": 4, "steps": 2, "guidance_scale": 4.0,
-        "shape_strength": 0.5, "shape": "horse.safetensors", "shape_sha256": digest, "appearance": None,
+        "guidance_from": "customized", "shape_strength": 0.5,
+        "shape": "horse.safetensors", "shape_sha256": digest, "appearance": None,
     }  # fmt: skip
     assert wanted.items() <= about.items() and str(here) not in json.dumps(about)
 
@@ -278,8 +279,9 @@ def test_pictures_do_not_replace_each_other_and_say_how_they_were_drawn(here, ti
     before = Path("seed-3.png").read_bytes()
     assert main(["generate", "--like", "seed-3-2.png", "--overwrite", "--backbone", str(tiny_folder)]) == 0
     assert chunk("seed-3.png")["prompt"] == "a red star é" and Path("seed-3.png").read_bytes() != before
-    assert main(["generate", "a star", "--like", "seed-4.png", "--shape-strength", "1", *base]) == 0
-    about |= {"prompt": "a star", "shape_strength": 1.0}
+    other = ["--shape-strength", "1", "--guidance-from", "backbone"]
+    assert main(["generate", "a star", "--like", "seed-4.png", *other, *base]) == 0
+    about |= {"prompt": "a star", "shape_strength": 1.0, "guidance_from": "backbone"}
     assert chunk("elsewhere/seed-4-2.png") == about
 
     with open("horse.safetensors", "ab") as file:

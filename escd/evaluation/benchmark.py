@@ -33,7 +33,7 @@ from ..loading import load_backbone
 from ..method.attributes import ATTRIBUTES, resolve_attribute
 from ..method.config import TuningConfig
 from ..method.cost import require_memory, tuning_cost
-from ..method.guidance import LARGE_SCALE
+from ..method.guidance import LARGE
 from ..method.pipeline import ESCDPipeline
 from . import measure
 from .configs import SamplingConfig
@@ -82,7 +82,7 @@ class EvaluationConfig(SamplingConfig):
     prompts: int = len(SCENES)
     # Images per prompt.
     images: int = 1
-    guidance_scale: float = field(default=LARGE_SCALE, kw_only=True)
+    guidance_scale: float = field(default=LARGE.guidance_scale, kw_only=True)
     # The networks that score.
     clip: str = OPENCLIP.architecture
     dino: str | None = None

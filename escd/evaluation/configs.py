@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ..backbone.parts import NO_PART
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
-from ..method.guidance import PLAIN_SCALE, default_scale
+from ..method.guidance import CUSTOMIZED, PLAIN_SCALE, default_guidance
 from .autoencoder import IMAGE_SETS
 from .references import REAL_LISTS, References
 
@@ -27,6 +27,7 @@ class SamplingConfig:
     sampler_steps: int = 25
     guidance_scale: float = PLAIN_SCALE
     guidance_rescale: float = 0.0
+    guidance_from: str = CUSTOMIZED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +163,7 @@ def configs(
         for attribute in attributes:
             base = StudyConfig(
                 attribute, reference.id, "floor", list=listed.name, backbone=backbone, seed=seed,
-                guidance_scale=default_scale([attribute]),
+                **asdict(default_guidance([attribute])),
             )  # fmt: skip
             learnt = [word[attribute], *(tunings[attribute, part] for part in parts)]
             grid += [base, *(replace(base, kind="customized", tuning=tuning) for tuning in learnt)]
@@ -176,7 +177,7 @@ def configs(
         for reference, following in zip(listed, [*[*listed][1:], listed[0]], strict=True):
             pair = CompositionConfig(
                 reference.id, following.id, "floor", list=listed.name, backbone=backbone, seed=seed,
-                guidance_scale=default_scale(ATTRIBUTES),
+                **asdict(default_guidance(ATTRIBUTES)),
             )  # fmt: skip
             grid += [pair, replace(pair, kind="ceiling")]
             grid += [replace(pair, kind=kind) for kind in ("lossless", "flat") if real]
@@ -195,7 +196,7 @@ def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -
         for attribute in ATTRIBUTES:
             full = RankConfig(
                 attribute, reference.id, TuningConfig.of(attribute, seed=seed), None,
-                list=listed.name, backbone=backbone, seed=seed, guidance_scale=default_scale([attribute]),
+                list=listed.name, backbone=backbone, seed=seed, **asdict(default_guidance([attribute])),
             )  # fmt: skip
             grid += [full, *(replace(full, rank=rank) for rank in RANKS), replace(full, exportable=True)]
     return grid

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..ending import run_command
 from ..loading import load_backbone
 from ..method.config import TuningConfig
 from ..method.fusion import AttributeFilter
-from ..method.guidance import default_scale
+from ..method.guidance import default_guidance
 from .autoencoder import autoencoder_scores, image_sets
 from .configs import ObedienceConfig, SamplingConfig, StudyConfig
 from .references import load_references
@@ -91,7 +91,7 @@ def score_checkpoint(config: CurveConfig, folder: Path) -> dict[str, Any]:
                     "customized",
                     tuning,
                     list="development",
-                    guidance_scale=default_scale([name]),
+                    **asdict(default_guidance([name])),
                     **same,
                 )
             )

@@ -7,13 +7,13 @@ scored, and the grid of learning rates and steps, which has as many points for e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from ..backbone.model import Backbone
 from ..method.attributes import ATTRIBUTES
 from ..method.baselines import METHODS
 from ..method.config import TuningConfig
-from ..method.guidance import default_scale
+from ..method.guidance import default_guidance
 from .configs import ListConfig, StudyConfig
 from .references import References
 
@@ -99,7 +99,15 @@ WAYS = {
 
 def shared(config: ListConfig) -> dict[str, object]:
     """The fields that a run shares with the runs that it is compared with."""
-    names = ("list", "backbone", "seed", "sampler_steps", "guidance_scale", "guidance_rescale")
+    names = (
+        "list",
+        "backbone",
+        "seed",
+        "sampler_steps",
+        "guidance_scale",
+        "guidance_rescale",
+        "guidance_from",
+    )
     return {name: getattr(config, name) for name in names}
 
 
@@ -144,14 +152,14 @@ def method_configs(
         }
         for reference, following in zip(listed, [*[*listed][1:], listed[0]], strict=True):
             for attribute in ATTRIBUTES:
-                common["guidance_scale"] = default_scale([attribute], backbone)
+                common |= asdict(default_guidance([attribute], backbone))
                 grid.append(StudyConfig(attribute, reference.id, "floor", **common))
                 for method in methods:
                     tuning = tunings[method, attribute]
                     budgets = budgets_of(method, tuning.steps)
                     grid.append(MethodConfig(method, attribute, reference.id, tuning, budgets, **common))
             if len(listed) > 1:
-                common["guidance_scale"] = default_scale(ATTRIBUTES, backbone)
+                common |= asdict(default_guidance(ATTRIBUTES, backbone))
                 pairs += [
                     MethodPairConfig(
                         method, reference.id, following.id,
@@ -177,7 +185,7 @@ def grid_configs(
                         MethodConfig(
                             method, attribute, reference.id, scaled(tuning, factor), budgets, factor,
                             list=listed.name, backbone=name,
-                            guidance_scale=default_scale([attribute], backbone),
+                            **asdict(default_guidance([attribute], backbone)),
                         )
                     )  # fmt: skip
     return grid

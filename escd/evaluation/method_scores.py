@@ -63,7 +63,7 @@ def score_curve(study: Loaded, config: MethodConfig, folder: Path) -> dict[str, 
             quiet(ESCDPipeline(backbone, **{config.attribute: learnt})), prompts, reference, reference,
             study.references(config.list), study.judges(),
             seed=config.seed, sampler_steps=config.sampler_steps, guidance_scale=config.guidance_scale,
-            guidance_rescale=config.guidance_rescale,
+            guidance_rescale=config.guidance_rescale, guidance_from=config.guidance_from,
         )  # fmt: skip
         point = {"steps": learnt.steps, "seconds": round(snapshot.seconds, 3)}
         curve.append(point | {"megabytes": learnt.nbytes / 1e6, "sha256": about.sha256, **scores})
@@ -114,6 +114,6 @@ def score_pair(study: Loaded, config: MethodPairConfig) -> dict[str, Any]:
     scores = score_customization(
         quiet(ESCDPipeline(backbone, **learnt)), prompts, shape, appearance, listed, study.judges(),
         seed=config.seed, sampler_steps=config.sampler_steps, guidance_scale=config.guidance_scale,
-        guidance_rescale=config.guidance_rescale,
+        guidance_rescale=config.guidance_rescale, guidance_from=config.guidance_from,
     )  # fmt: skip
     return {"prompts": [one.text for one in prompts], "way": config.way, **scores}

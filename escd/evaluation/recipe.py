@@ -56,7 +56,7 @@ class Trial:
         return TuningConfig.of(self.attribute, **(START[self.attribute] | dict(self.tuning)))
 
 
-GUIDANCE = {"guidance_scale": 4.0, "guidance_rescale": 0.0}
+GUIDANCE = {"guidance_scale": 4.0, "guidance_rescale": 0.0, "guidance_from": "customized"}
 # What each trial changes something of. All of it is written out, so that a later default does not change what
 # a trial is.
 START: dict[str, dict[str, Any]] = {
@@ -95,6 +95,17 @@ def _weakly_guided(changes: Mapping[str, Mapping[str, Any]]) -> list[Trial]:
     ]
 
 
+def _from_backbone(
+    attribute: str, name: str, tuning: Mapping[str, Any], scales: Sequence[float] = (2.0, 3.0)
+) -> list[Trial]:
+    """A tuning at scales of guidance whose branch without the prompt is the untouched backbone's."""
+    return [
+        Trial(attribute, f"{name}, guidance {scale:g} from the backbone", tuning, sampling)
+        for scale in scales
+        for sampling in [{"guidance_from": "backbone", "guidance_scale": scale}]
+    ]
+
+
 TRIALS: tuple[Trial, ...] = (
     Trial("appearance", "start"),
     Trial("appearance", "start, guidance 2", sampling=_WEAK),
@@ -116,13 +127,25 @@ TRIALS: tuple[Trial, ...] = (
     ),
     Trial("appearance", "80 steps, guidance 2", _LONG | {"steps": 80}, _WEAK),
     Trial("appearance", "80 steps of 16 views, guidance 2", _LONG | {"steps": 80, "batch_size": 16}, _WEAK),
+    *_from_backbone("appearance", "160 steps", _LONG),
+    *_from_backbone("appearance", "80 steps", _LONG | {"steps": 80}),
+    *_from_backbone("appearance", "80 steps of 16 views", _LONG | {"steps": 80, "batch_size": 16}),
     *_sampled("shape", "start", {}),
+    *_from_backbone("shape", "start", {}, (4.0, 6.0, 8.0)),
+    *_from_backbone("shape", "no empty prompts", {"dropout": 0.0}, (3.0, 4.0)),
+    *_from_backbone("shape", "half the rate", {"learning_rate": 6e-3}, (4.0, 6.0)),
+    *_from_backbone("shape", "160 steps of 8 views", {"batch_size": 8}, (4.0, 6.0)),
+    *_from_backbone(
+        "shape", "160 steps of 8 views, half the rate", {"batch_size": 8, "learning_rate": 6e-3}, (4.0, 6.0)
+    ),
     Trial("shape", "noise 0", {"noise_level": 0.0}),
     Trial("shape", "noise -0.5", {"noise_level": -0.5}),
     Trial("shape", "half the rate", {"learning_rate": 6e-3}),
     Trial("shape", "80 steps", {"steps": 80}),
     Trial("shape", "80 steps, 1.5 times the rate", {"steps": 80, "learning_rate": 1.8e-2}),
     Trial("shape", "160 steps of 8 views", {"batch_size": 8}),
+    Trial("shape", "160 steps of 8 views, half the rate", {"batch_size": 8, "learning_rate": 6e-3}),
+    Trial("shape", "160 steps of 8 views, 0.7 times the rate", {"batch_size": 8, "learning_rate": 8.4e-3}),
     Trial("shape", "in the decoder", {"part": "decoder", "learning_rate": 3e-3, "bias_learning_rate": 5e-4}),
 )
 

@@ -15,7 +15,7 @@ from ..data import foreground, patterns
 from ..data.names import COLOUR_RGB, COLOURS, PATTERNS, SHAPES, SIZE
 from ..data.random import CounterRNG
 from ..method.attributes import ATTRIBUTES
-from ..method.guidance import PLAIN_SCALE
+from ..method.guidance import CUSTOMIZED, PLAIN_SCALE
 from ..method.pipeline import ESCDPipeline
 from . import measure, texture
 from .judges import Judges, load_judges, obeyed
@@ -89,7 +89,7 @@ def _nearest(distance: Callable, look: measure.Appearance, candidates: Sequence[
 def score_customization(
     pipe: ESCDPipeline, prompts: Sequence[Prompt], shape: Reference, appearance: Reference,
     listed: References, judges: Judges, *, seed: int = 0, sampler_steps: int = 25,
-    guidance_scale: float = PLAIN_SCALE, guidance_rescale: float = 0.0,
+    guidance_scale: float = PLAIN_SCALE, guidance_rescale: float = 0.0, guidance_from: str = CUSTOMIZED,
 ) -> dict[str, list]:  # fmt: skip
     """Generate one image per prompt with a pipeline and score them (`score_images`).
 
@@ -100,7 +100,7 @@ def score_customization(
     for attribute in ATTRIBUTES.values():
         if attribute.token not in pipe.customizations:
             texts = [text.replace(attribute.token, attribute.word) for text in texts]
-    images = generate(pipe, texts, seed, sampler_steps, guidance_scale, guidance_rescale)
+    images = generate(pipe, texts, seed, sampler_steps, guidance_scale, guidance_rescale, guidance_from)
     return score_images(images, prompts, shape, appearance, listed, judges)
 
 
@@ -111,6 +111,7 @@ def generate(
     sampler_steps: int,
     guidance_scale: float,
     guidance_rescale: float = 0.0,
+    guidance_from: str = CUSTOMIZED,
 ) -> Tensor:
     """One image per prompt, (N, 3, H, W) in [-1, 1]; image i starts from the noise of seed + i."""
     images = []
@@ -122,6 +123,7 @@ def generate(
             num_inference_steps=sampler_steps,
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
+            guidance_from=guidance_from,
             generator=noise,
             output_type="pt",
         )

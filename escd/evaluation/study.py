@@ -201,7 +201,7 @@ class Study:
         return score_customization(
             quiet(ESCDPipeline(backbone, **learnt)), prompts, shape, appearance, listed, self.judges(),
             seed=config.seed, sampler_steps=config.sampler_steps, guidance_scale=config.guidance_scale,
-            guidance_rescale=config.guidance_rescale,
+            guidance_rescale=config.guidance_rescale, guidance_from=config.guidance_from,
         )  # fmt: skip
 
     def learn(

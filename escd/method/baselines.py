@@ -54,6 +54,7 @@ _PLAIN = {
     "varied": False,
     "dropout": 0.0,
     "noise_level": None,
+    "true_scale": False,
     "conditioning": "joint",
     "constant_rate": True,
 }

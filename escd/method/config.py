@@ -29,24 +29,24 @@ RATES = {
     },
 }
 RATES["adamw8bit"] = RATES["adamw"]
-STEPS = {"shape": 160, "appearance": 40}
-# Noised views a step. Half the steps of twice the views learn a shape as well, in less time
-# (`docs/notes/2026-11-27-tuning.md`): a step of Muon's costs the same for any number of views.
-BATCH_SIZES = {"shape": 16, "appearance": 8}
+STEPS = {"shape": 160, "appearance": 80}
+# Noised views a step. Half the steps of twice the views learn an appearance as well, in less time
+# (`python -m escd.evaluation.recipe`): a step of Muon's costs the same for any number of views.
+BATCH_SIZES = {"shape": 16, "appearance": 16}
 # Share of the views in which the other attribute is changed. From the reference as it is, a shape learns some
 # of its appearance too.
 AUGMENTATION = {"shape": 1.0, "appearance": 0.75}
 # The pseudo-word's rate. An outline needs the weights more than the word.
 WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
-# How many differently augmented views of the reference there are, and the share of the draws under the empty
-# prompt. With more of the first a shape is learnt better; with the second the rest of a prompt is obeyed more
+# How many differently augmented views of the reference there are. With more of them a shape is learnt better
 # (trials on an earlier training of `mini`, with AdamW).
 VIEWS = {"shape": 192, "appearance": 64}
-DROPOUT = {"shape": 0.15, "appearance": 0.0}
-# Around which logarithm of noise over signal a shape is learnt: where outlines are settled. Timesteps drawn
-# uniformly lie higher, and learn less in as many steps (`docs/notes/2026-11-27-tuning.md`). None: uniform
-# timesteps.
-NOISE_LEVELS = {"shape": 0.4, "appearance": None}
+# Around which logarithm of noise over signal each is learnt: where outlines are settled, and where texture
+# is. Timesteps drawn uniformly lie higher, and learn less in as many steps
+# (`docs/notes/2026-11-27-tuning.md`, `python -m escd.evaluation.recipe`). None: uniform timesteps.
+NOISE_LEVELS = {"shape": 0.4, "appearance": -1.5}
+# Whether the views that keep a material show it at its own scale: enlarged, it is blurred.
+TRUE_SCALE = {"shape": False, "appearance": True}
 # Factors of a change start with one of the two at zero, and move the weights less for the same step.
 LOW_RANK_RATE = 5.0
 # A backbone of Stable Diffusion's size: what DreamBooth, LoRA and textual inversion are commonly run with
@@ -62,6 +62,8 @@ LARGE_RECIPE = {
     "varied": True,
 }
 LARGE_STEPS = {"shape": 400, "appearance": 250}
+# Share of the draws under the empty prompt: guidance starts from the tuned UNet there (`guidance.LARGE`).
+LARGE_DROPOUT = {"shape": 0.15, "appearance": 0.0}
 LARGE_RANK_RATE = 1e-4
 LESS_MEMORY = (
     "close what else uses it, load the backbone in half precision (dtype=torch.float16), learn the change at "
@@ -281,12 +283,12 @@ class TuningConfig:
             "batch_size": BATCH_SIZES[recipe],
             "views": VIEWS[recipe],
             "augmentation": AUGMENTATION[recipe],
-            "dropout": DROPOUT[recipe],
             "noise_level": NOISE_LEVELS[recipe],
+            "true_scale": TRUE_SCALE[recipe],
         }
         if backbone is not None and backbone.large:
-            defaults |= LARGE_RECIPE | {"steps": LARGE_STEPS[recipe]}
-            defaults |= {"bias_learning_rate": None, "noise_level": None}
+            defaults |= LARGE_RECIPE | {"steps": LARGE_STEPS[recipe], "dropout": LARGE_DROPOUT[recipe]}
+            defaults |= {"bias_learning_rate": None, "noise_level": None, "true_scale": False}
             if ranked:
                 defaults["learning_rate"] = LARGE_RANK_RATE
             if recipe == "appearance" and half == "decoder":

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from torch import Generator, Tensor
 
 from .customization import Customization
+from .guidance import UNCONDITIONAL
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST = 16_384  # px a side, images of a prompt, steps: more is a slip, and would exhaust the memory
@@ -91,6 +92,12 @@ def require_text_options(layers: int, clip_skip: int | None, guidance_rescale: f
         raise ValueError(f"clip_skip is a whole number from 0 to {layers - 1}, not {clip_skip!r}")
     if not isinstance(guidance_rescale, Real) or not 0 <= guidance_rescale <= 1:
         raise ValueError(f"guidance_rescale is a share between 0 and 1, not {guidance_rescale!r}")
+
+
+def require_guidance_from(guidance_from: str | None) -> None:
+    """Raise ValueError unless it is one of `guidance.UNCONDITIONAL`, or None."""
+    if guidance_from is not None and guidance_from not in UNCONDITIONAL:
+        raise ValueError(f"guidance_from is {' or '.join(map(repr, UNCONDITIONAL))}, not {guidance_from!r}")
 
 
 def require_embeds(name: str, text: object, embeds: Tensor | None, width: int) -> None:

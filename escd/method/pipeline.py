@@ -33,12 +33,13 @@ from .customization import (
     save_customizations,
 )
 from .e4t import latent_reader, require_encodable
-from .guidance import scales_of
+from .guidance import BACKBONE, Guidance, guidance_of
 from .inputs import (
     negatives_for,
     require_counts,
     require_embeds,
     require_generators,
+    require_guidance_from,
     require_output,
     require_sides,
     require_text_options,
@@ -75,8 +76,9 @@ class ESCDPipeline(
     """Text to image on a backbone with customizations: `*m` in a prompt is the shape, `*a` the appearance.
 
     A customization's strength s sets its pseudo-word's embedding to e + s (v - e) and its part's weights to
-    W0 + s dW (paper, Eq. 7), in both branches of guidance; s = 0 is the untouched backbone, s > 1
-    extrapolates. Its weights are used only for prompts that contain its pseudo-word.
+    W0 + s dW (paper, Eq. 7); s = 0 is the untouched backbone, s > 1 extrapolates. Its weights are used only
+    for prompts that contain its pseudo-word, and where `guidance_from` is "customized" in both branches of
+    guidance.
 
     The backbone is never changed. The pipeline's `unet`, `vae`, `text_encoder` and `image_tower` are modules
     of its own that share the backbone's tensors until they are moved or converted, its tokenizer is a copy;
@@ -92,6 +94,7 @@ class ESCDPipeline(
     num_timesteps = of_call("num_timesteps", "Steps of the call.")
     guidance_scale = _guidance_scale = of_call("guidance_scale", "How far guidance goes; off up to 1.")
     guidance_rescale = of_call("guidance_rescale", "Share of guidance that is scaled back (Lin et al. 2023).")
+    guidance_from = of_call("guidance_from", "Which UNet predicts the branch without the prompt.")
     clip_skip = of_call("clip_skip", "Last layers of the text encoder that are left out.")
     interrupt = _interrupt = property(
         lambda self: self._calls.current().interrupt,
@@ -228,13 +231,16 @@ class ESCDPipeline(
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
         guidance_rescale: float = 0.0,
+        guidance_from: str | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Images of `prompt`, `num_images_per_prompt` of each, prompt by prompt, in `.images`.
 
         `strengths` maps the names of further attributes to their strengths (default 1). `height` and `width`
         are in pixels, by default the backbone's. `latents` (B, C, h, w) takes the place of drawn noise.
-        Guidance is at work above a scale of 1; None is each prompt's default (`default_scale`).
-        `guidance_rescale` scales that share of it back to the deviation it has without guidance (Lin et al.
+        Guidance is at work above a scale of 1. Its branch without the prompt is predicted by the "customized"
+        UNet or, at the price of a second call of it a step, by the "backbone" (Phunyaphibarn et al. 2025).
+        None for `guidance_scale` or `guidance_from` is each prompt's default (`default_guidance`).
+        `guidance_rescale` scales that share of guidance back to the deviation it has without (Lin et al.
         2023). `clip_skip` leaves out so many last layers of the text encoder. `output_type`: "pil", "np",
         "pt" or "latent".
 
@@ -261,6 +267,7 @@ class ESCDPipeline(
         require_sides(height, width, self.backbone.vae_scale)
         require_output(guidance_scale, output_type)
         require_text_options(self.text_encoder.config.num_hidden_layers, clip_skip, guidance_rescale)
+        require_guidance_from(guidance_from)
         tensor_inputs = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         texts = {k: [x for x in each for _ in range(num_images_per_prompt)] for k, each in texts.items()}
         scale, count = self.backbone.vae_scale, len(texts["prompt_embeds"])
@@ -268,10 +275,12 @@ class ESCDPipeline(
         require_generators(generator, count)
         x_T = initial_noise(shape, generator, latents, self._execution_device, self.unet.dtype)
         active = {t: c.attribute for t, c in self.customizations.items() if strength_of[t] != 0}
-        scales = scales_of(texts["prompt_embeds"], active, guidance_scale, self.backbone)
-        call = Call(max(scales), guidance_rescale, clip_skip)
+        asked = (guidance_scale, guidance_from)
+        guidances = guidance_of(texts["prompt_embeds"], active, *asked, self.backbone)
+        furthest = max(guidances, key=lambda guidance: guidance.guidance_scale)
+        call = Call(furthest.guidance_scale, guidance_rescale, furthest.guidance_from, clip_skip)
         with self._running(call):
-            groups = self._groups(texts, strength_of, x_T, generator, num_inference_steps, call, scales)
+            groups = self._groups(texts, strength_of, x_T, generator, num_inference_steps, call, guidances)
             call.num_timesteps = len(groups[0].scheduler.timesteps)
             with self.progress_bar(total=len(groups) * num_inference_steps) as progress:
                 denoise(groups, self, call, callback_on_step_end, tensor_inputs, progress)
@@ -310,7 +319,7 @@ class ESCDPipeline(
         generator: Generator | list[Generator] | None,
         steps: int,
         call: Call,
-        scales: Sequence[float],
+        guidances: Sequence[Guidance],
     ) -> list[Group]:
         """The rows of a batch in groups that need the same weights of the UNet and the same guidance."""
         device, pseudo_words = self._execution_device, self._pseudo_words(strength_of)
@@ -321,20 +330,25 @@ class ESCDPipeline(
         def embeds(texts: Mapping, of_prompts: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
             return self._embeds(texts, pseudo_words, call.clip_skip, device, of_prompts)
 
-        together = rows_by_tokens(texts["prompt_embeds"], self.customizations, strength_of, scales)
-        for (tokens, guidance_scale), rows in together.items():
+        together = rows_by_tokens(texts["prompt_embeds"], self.customizations, strength_of, guidances)
+        for (tokens, guidance), rows in together.items():
             changes = [(self.customizations[token], strength_of[token]) for token in tokens]
             asked = {name: [texts[name][i] for i in rows] for name in names}
-            unet = customized(self.unet, changes, weights)
+            unets = [customized(self.unet, changes, weights)]
+            if changes and guidance.guidance_from == BACKBONE:
+                unets.append(self.unet)
+            if is_layered(pseudo_words):
+                unets = [layered(unet) for unet in unets]
             scheduler = self._scheduler(steps, device)
             group = Group(
                 rows=rows,
-                unet=layered(unet) if is_layered(pseudo_words) else unet,
+                unet=unets[0],
+                unconditional_unet=unets[-1],
                 scheduler=scheduler,
                 x_t=x_T[rows] * scheduler.init_noise_sigma,
                 embeds=embeds(asked),
                 generator=[generator[i] for i in rows] if isinstance(generator, list) else generator,
-                guidance_scale=guidance_scale,
+                guidance_scale=guidance.guidance_scale,
                 reader=latent_reader(asked, self.customizations, pseudo_words, strength_of, embeds),
             )
             groups.append(group)

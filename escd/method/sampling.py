@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from ..backbone.prompts import starred_words
-from .guidance import PLAIN_SCALE
+from .guidance import CUSTOMIZED, PLAIN_SCALE, Guidance
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
@@ -35,6 +35,7 @@ class Call:
 
     guidance_scale: float = PLAIN_SCALE
     guidance_rescale: float = 0.0
+    guidance_from: str = CUSTOMIZED
     clip_skip: int | None = None
     num_timesteps: int = 0
     interrupt: bool = False
@@ -123,14 +124,14 @@ def rows_by_tokens(
     prompts: Sequence[str | Tensor],
     customizations: Mapping[str, Customization],
     strength_of: Mapping[str, float],
-    scales: Sequence[float],
-) -> dict[tuple[tuple[str, ...], float], list[int]]:
+    guidances: Sequence[Guidance],
+) -> dict[tuple[tuple[str, ...], Guidance], list[int]]:
     """The pseudo-words that change weights, and guidance -> the rows of the prompts that have just these."""
     changing = [t for t, c in customizations.items() if c.delta and strength_of[t] != 0]
-    rows: dict[tuple[tuple[str, ...], float], list[int]] = {}
-    for i, (prompt, scale) in enumerate(zip(prompts, scales, strict=True)):
+    rows: dict[tuple[tuple[str, ...], Guidance], list[int]] = {}
+    for i, (prompt, guidance) in enumerate(zip(prompts, guidances, strict=True)):
         standing = starred_words(prompt) if isinstance(prompt, str) else changing
-        rows.setdefault((tuple(t for t in changing if t in standing), scale), []).append(i)
+        rows.setdefault((tuple(t for t in changing if t in standing), guidance), []).append(i)
     return rows
 
 
@@ -140,6 +141,8 @@ class Group:
 
     rows: list[int]  # their places in the batch
     unet: UNet2DConditionModel
+    # Predicts the branch of guidance without the prompt.
+    unconditional_unet: UNet2DConditionModel
     scheduler: SchedulerMixin
     x_t: Tensor  # (B, C, h, w)
     # prompt_embeds and, where there is guidance, negative_prompt_embeds: (B, L, D)
@@ -156,12 +159,20 @@ class Group:
             names.insert(0, "negative_prompt_embeds")
             if names[0] not in self.embeds:
                 raise ValueError("guidance was turned on by a callback: begin with a guidance_scale above 1")
-        x_in = self.scheduler.scale_model_input(torch.cat([self.x_t] * len(names)), t)
+        x_in = self.scheduler.scale_model_input(self.x_t, t)
         if self.reader is not None:
-            self.embeds = self.reader(self.unet, x_in[: len(self.x_t)], t)
-        text = torch.cat([self.embeds[name] for name in names])
+            self.embeds = self.reader(self.unet, x_in, t)
+        passes = [(self.unet, names)]
+        if len(names) == 2 and self.unconditional_unet is not self.unet:
+            passes = [(self.unconditional_unet, names[:1]), (self.unet, names[1:])]
         # the noise, or the velocity: the scheduler knows which
-        predicted = self.unet(x_in, t, encoder_hidden_states=text).sample
+        predicted = torch.cat([
+            unet(
+                torch.cat([x_in] * len(read)), t,
+                encoder_hidden_states=torch.cat([self.embeds[name] for name in read]),
+            ).sample
+            for unet, read in passes
+        ])  # fmt: skip
         if len(names) == 2:
             unguided, prompted = predicted.chunk(2)
             predicted = unguided + self.guidance_scale * (prompted - unguided)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cache
 
 from matplotlib.lines import Line2D
@@ -16,7 +17,7 @@ from ..evaluation.prompts import prompts_for
 from ..evaluation.references import load_references
 from ..method.attributes import ATTRIBUTES
 from ..method.baselines import METHODS
-from ..method.guidance import default_scale
+from ..method.guidance import default_guidance
 from . import results
 from .canvas import INK, PAGE, Drawing, image_grid
 from .sheets import SheetConfig, drawable, stored_images
@@ -176,10 +177,8 @@ def methods_examples(reference: str | None = None) -> Drawing:
         for attribute in ATTRIBUTES:
             prompts = tuple(one.text for one in prompts_for(shown, attribute)[:EXAMPLES])
             tuning = {f"{attribute}_tuning": METHODS[name].config(attribute, backbone)}
-            scale = default_scale([attribute], backbone)
-            sheets.append(
-                SheetConfig(prompts, **{attribute: shown.id}, **tuning, guidance_scale=scale, list=LIST)
-            )
+            guidance = asdict(default_guidance([attribute], backbone))
+            sheets.append(SheetConfig(prompts, **{attribute: shown.id}, **tuning, **guidance, list=LIST))
         if not all(map(drawable, sheets)):
             absent.append(name)
             continue

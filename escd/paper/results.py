@@ -281,7 +281,9 @@ def images_seen(record: Mapping[str, Any]) -> int:
 
 def latent_channels(backbone: str = "mini") -> int:
     """How many latent channels a shipped backbone has."""
-    return int(json.loads((hub.MODELS[backbone].folder / "vae" / "config.json").read_text())["latent_channels"])
+    return int(
+        json.loads((hub.MODELS[backbone].folder / "vae" / "config.json").read_text())["latent_channels"]
+    )
 
 
 def at_full_size(kind: str) -> Record | None:

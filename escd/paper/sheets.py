@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ..data.world import World
 from ..evaluation.references import DEFAULT_LIST, Reference, load_references
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
-from ..method.guidance import PLAIN_SCALE, default_scale
+from ..method.guidance import CUSTOMIZED, PLAIN_SCALE, default_guidance
 from ..method.pipeline import ESCDPipeline
 from ..records import Record
 from .canvas import pixels
@@ -37,6 +37,7 @@ class SheetConfig:
     steps: int = 25
     guidance_scale: float = PLAIN_SCALE
     list: str = DEFAULT_LIST
+    guidance_from: str = CUSTOMIZED
 
 
 def sheet(prompts: Sequence[str], shape: str | None = None, appearance: str | None = None) -> SheetConfig:
@@ -47,8 +48,8 @@ def sheet(prompts: Sequence[str], shape: str | None = None, appearance: str | No
         appearance,
         TuningConfig.of("shape") if shape else None,
         TuningConfig.of("appearance") if appearance else None,
-        guidance_scale=default_scale(
-            name for name, used in (("shape", shape), ("appearance", appearance)) if used
+        **asdict(
+            default_guidance(name for name, used in (("shape", shape), ("appearance", appearance)) if used)
         ),
         list=DEFAULT_LIST,
     )
@@ -132,6 +133,7 @@ def _make_sheet(config: SheetConfig) -> tuple[list[np.ndarray], dict]:
         list(config.prompts),
         num_inference_steps=config.steps,
         guidance_scale=config.guidance_scale,
+        guidance_from=config.guidance_from,
         generator=torch.Generator().manual_seed(config.seed),
     )
     return [pixels(image) for image in out.images], {}

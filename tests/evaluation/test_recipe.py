@@ -65,7 +65,7 @@ def test_a_row_is_made_of_complete_trials_only(monkeypatch, tmp_path):
     assert rows["start"].texture.first == 1.0 and rows["start"].leakage.mean == 0.0
 
 
-def test_guidance_is_rescaled_while_images_are_generated():
+def test_images_are_generated_with_the_guidance_of_a_config():
     asked = {}
 
     class Pipe:
@@ -74,5 +74,5 @@ def test_guidance_is_rescaled_while_images_are_generated():
             raise StopIteration
 
     with pytest.raises(StopIteration):
-        scores.generate(Pipe(), ["a"], 0, 2, 4.0, 0.7)
-    assert asked["guidance_rescale"] == 0.7
+        scores.generate(Pipe(), ["a"], 0, 2, 4.0, 0.7, "backbone")
+    assert (asked["guidance_rescale"], asked["guidance_from"]) == (0.7, "backbone")

@@ -104,7 +104,8 @@ def test_plain_diffusers_draws_the_same_picture_from_an_exported_customization(
     settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "latent"}
     ours = ESCDPipeline(backbone, **{attribute: learnt})
     ours.set_progress_bar_config(disable=True)
-    ours = ours(prompt, num_images_per_prompt=2, latents=noise, **settings).images
+    settings_of_ours = settings | {"guidance_from": "customized"}  # as diffusers has it
+    ours = ours(prompt, num_images_per_prompt=2, latents=noise, **settings_of_ours).images
 
     plain = StableDiffusionPipeline.from_pretrained(
         tiny_folder, safety_checker=None, requires_safety_checker=False, local_files_only=True
