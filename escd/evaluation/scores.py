@@ -108,12 +108,15 @@ def generate(
     pipe: ESCDPipeline,
     prompts: Sequence[str],
     seed: int,
-    sampler_steps: int,
-    guidance_scale: float,
+    sampler_steps: int = 25,
+    guidance_scale: float | None = None,
     guidance_rescale: float = 0.0,
-    guidance_from: str = CUSTOMIZED,
+    guidance_from: str | None = None,
 ) -> Tensor:
-    """One image per prompt, (N, 3, H, W) in [-1, 1]; image i starts from the noise of seed + i."""
+    """One image per prompt, (N, 3, H, W) in [-1, 1]; image i starts from the noise of seed + i.
+
+    Guidance that is None is the default of each prompt's pseudo-words (`method.guidance`).
+    """
     images = []
     for first in range(0, len(prompts), BATCH):
         part = list(prompts[first : first + BATCH])
