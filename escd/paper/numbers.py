@@ -251,9 +251,11 @@ def _alike_in_words() -> list[str]:
     rows = alike_table()
     if not rows:
         return []
+    references = {record.config["reference"] for record in results().alike}
     title = (
-        "Equal size: parts of the decoder about as large as the encoder, same references and prompts "
-        "(differences from the encoder in IoU and in the share retrieved by texture, 95 % intervals):"
+        "Equal size: parts of the decoder about as large as the encoder, the same prompts of "
+        f"{len(references)} references (differences from the encoder in IoU and in the share retrieved by "
+        "texture, 95 % intervals):"
     )
     return [title, "", rows, ""]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -63,7 +63,8 @@ class Results:
     rows: dict[str, dict[str, Row]]
     references: int  # for which every arm is stored
     used: tuple[Record, ...]
-    alike: tuple[Record, ...]  # of the decoder's parts as large as the encoder; empty where one is missing
+    # Of the decoder's parts as large as the encoder, over the references for which all of them are stored.
+    alike: tuple[Record, ...]
 
 
 def current(config: Any) -> Record:
@@ -97,8 +98,16 @@ def _results(which: str, _state: str) -> Results:
     if not references:
         raise KeyError(f"figures/records has no reference of the {which} list in full: `make study` makes it")
     used = tuple(record for runs in whole.values() for record in runs)
-    alike = [stored(config) for config in equal_size_configs(study().references(which))]
-    return Results(tables_of(used), references, used, tuple(alike) if None not in alike else ())
+    parts: dict[str, list[Record | None]] = defaultdict(list)
+    for config in equal_size_configs(study().references(which)):
+        parts[config.reference].append(stored(config))
+    alike = [
+        record
+        for name, runs in parts.items()
+        if None not in runs and (StudyConfig, name) in whole
+        for record in runs
+    ]
+    return Results(tables_of(used), references, used, tuple(alike))
 
 
 def tables_of(used: Iterable[Record]) -> dict[str, dict[str, Row]]:
@@ -127,18 +136,20 @@ def _fingerprint() -> str:
     return "".join(records.sha256(file) for file in files if file.exists())
 
 
-def contrast(attribute: str, one: str, other: str, which: str = DEFAULT_LIST) -> dict[str, Interval]:
+def contrast(
+    attribute: str, one: str, other: str, which: str = DEFAULT_LIST, among: Collection[str] | None = None
+) -> dict[str, Interval]:
     """Differences of tuning part `one` from tuning part `other`, image by image, with 95 % intervals.
 
     By the names of `SCORES`. An image without a foreground counts as a miss and as a leak; whole references
-    are resampled.
+    are resampled. among: ids of the references that count; None is all that are stored in full.
     """
     by_arm: dict[str, dict[str, dict]] = {one: {}, other: {}}
     found = results(which)
     for record in (*found.used, *found.alike):
         if record.kind == "study" and record.config["attribute"] == attribute:
             arm = records.config_of(record, StudyConfig).arm
-            if arm in by_arm:
+            if arm in by_arm and (among is None or record.config["reference"] in among):
                 by_arm[arm][record.config["reference"]] = record.metrics
     names = sorted(by_arm[one])
     groups = [name for name in names for _ in by_arm[one][name]["failed"]]
@@ -163,20 +174,27 @@ class Alike:
 
 
 def alike(attribute: str, which: str = DEFAULT_LIST) -> dict[str, Alike]:
-    """The encoder, the decoder, and the decoder's parts of the encoder's size; empty before they are run."""
+    """The encoder, the decoder, and the decoder's parts of the encoder's size; empty before they are run.
+
+    All over the references of `Results.alike`.
+    """
     found = results(which)
-    rows = tables_of([*found.used, *found.alike])[attribute]
+    if not found.alike:
+        return {}
+    names = {record.config["reference"] for record in found.alike}
+    runs = [r for r in (*found.used, *found.alike) if r.config.get("reference") in names]
+    rows = tables_of(runs)[attribute]
     sizes: dict[str, list[float]] = defaultdict(list)
-    for record in (*found.used, *found.alike):
+    for record in runs:
         if "megabytes" in record.metrics and record.config["attribute"] == attribute:  # something was learnt
             sizes[records.config_of(record, StudyConfig).arm].append(record.metrics["megabytes"])
     return {
         part: Alike(
             float(np.mean(sizes[part])),
             rows[part],
-            {} if part == "encoder" else contrast(attribute, part, "encoder", which),
+            {} if part == "encoder" else contrast(attribute, part, "encoder", which, names),
         )
-        for part in (("encoder", *EQUAL_SIZE, "decoder") if found.alike else ())
+        for part in ("encoder", *EQUAL_SIZE, "decoder")
     }
 
 
