@@ -13,7 +13,7 @@ help:
 	@echo "make figures   draw the paper's figures from the records, then run two of the records again"
 	@echo "make test      ruff (rules and format), mypy, pytest and every notebook once"
 	@echo "make study     run what the records do not hold yet; stop and go on at any time (WORKERS=n processes)"
-	@echo "make pretrain  train the mini backbone from nothing; stop and go on at any time (hours on a CPU)"
+	@echo "make pretrain  train the mini backbone from scratch; stop and go on at any time (hours on a CPU)"
 	@echo "make notebooks run the notebooks anew and keep their output (NAMES=\"05_sliders ...\": only these)"
 	@echo "make lab       open the notebooks in JupyterLab"
 	@echo "make paper     build paper/main.pdf (needs LaTeX)"

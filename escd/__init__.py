@@ -1,4 +1,4 @@
-"""ESCDiffusion: customise the shape or the appearance of one image in text-to-image generation."""
+"""ESCDiffusion: customize the shape or the appearance of one image in text-to-image generation."""
 
 from __future__ import annotations
 

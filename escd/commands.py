@@ -27,7 +27,7 @@ from .method.config import TuningConfig
 from .method.cost import require_memory, time_in_words, tuning_cost
 from .method.customization import Customization, load_customization, steps_of
 from .method.export import export
-from .method.guidance import PLAIN_SCALE, UNCONDITIONAL
+from .method.guidance import LARGE, PLAIN_SCALE, UNCONDITIONAL, default_guidance
 from .method.inputs import MOST
 from .method.low_rank import low_rank, megabytes_at
 from .method.pipeline import ESCDPipeline
@@ -110,11 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         "--like",
         type=Path,
         metavar="FILE",
-        help="a picture drawn before: what is not said here is as it was there; alone it draws it again",
+        help="an image of generate: its settings are used again, and other options replace them",
     )
     draw.add_argument("--shape", type=Path, metavar="FILE", help="a customized shape, from escd customize")
     draw.add_argument("--appearance", type=Path, metavar="FILE", help="a customized appearance")
-    draw.add_argument("--shape-strength", type=float, metavar="S", help="0: none, 1 (default): as learned")
+    draw.add_argument("--shape-strength", type=float, metavar="S", help="0: none, 1 (default): as learnt")
     draw.add_argument("--appearance-strength", type=float, metavar="S")
     draw.add_argument("--negative-prompt")
     draw.add_argument("--images", type=int, metavar="N", help="how many; default 1")
@@ -123,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument(
         "--guidance-scale",
         type=float,
-        help=f"default: {PLAIN_SCALE:g}, or that of the attributes in the prompt",
+        help=f"default on mini: {PLAIN_SCALE:g}, or {default_guidance(ATTRIBUTES).guidance_scale:g} with *m "
+        f"or *a in the prompt; on large backbones {LARGE.guidance_scale:g}",
     )
     draw.add_argument(
         "--guidance-from",

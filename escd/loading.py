@@ -1,4 +1,4 @@
-"""`load_backbone`: the only door to a backbone, with its attribute filters attached and checked."""
+"""`load_backbone`: the only way to load a backbone, with its attribute filters attached and checked."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """What goes wrong inside with a person's files is still raised, and shown as one line by IPython.
+    """An error about a user's files is still raised, and shown as one line by IPython.
 
     The line says which folder paths start from: a notebook's is not always the one that it lies in.
     """

@@ -57,7 +57,7 @@ def render(
 
 
 def remarks(pipe: ESCDPipeline, prompt: str) -> list[str]:
-    """What a person should know of a prompt that is drawn, but not as they may think; mostly nothing."""
+    """Remarks on a prompt that may not give what the user expects; usually none."""
     said = []
     if not prompt.strip():
         return ["The prompt is empty: the image is anything the model draws, and no strength changes it."]

@@ -5,9 +5,9 @@ has the cores to itself gains a little by it. Where several share them, the thre
 that the work of the other waits for, and both become many times slower (`benchmarks/busy.py`). With a short
 spin they do not.
 
-OpenMP reads this from the environment, once, when torch is imported. `import escd` says it if it comes first:
-so do the command lines, and `make` for the rest. A program that imports torch before escd says it itself, as
-in `GOMP_SPINCOUNT=1000 python program.py`. What the environment says already stays.
+OpenMP reads this from the environment, once, when torch is imported. `import escd` sets it if it comes first:
+so do the command lines, and `make` for the rest. A program that imports torch before escd sets it itself, as
+in `GOMP_SPINCOUNT=1000 python program.py`. What the environment has already stays.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPIN = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 
 
 def wait_briefly(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Say in the environment how threads wait, unless it is said there or torch has read it already."""
+    """Set in the environment how threads wait, unless it is set there or torch has read it already."""
     if "torch" in sys.modules or "OMP_WAIT_POLICY" in environment:
         return
     for name, value in SPIN.items():

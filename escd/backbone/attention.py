@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 class MathAttention(TorchFunctionMode):
     """While open, attention runs by PyTorch's plain kernel, in this thread alone.
 
-    `torch.nn.attention.sdpa_kernel` chooses a kernel for all threads, and so the bits of what another draws.
+    `torch.nn.attention.sdpa_kernel` chooses a kernel for all threads, and would change what others compute.
     """
 
     _here = threading.local()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def down_path(unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, text: Tensor) -> list[Tensor]:
     """Feature maps of conv_in, of every layer of the down blocks and of the mid block, each (B, C, h, w).
 
-    x_t: noised latents (B, 4, h, w); t: (B,) timesteps; text: (B, L, D). Bit-equal to what ``unet.forward``
+    x_t: noised latents (B, C, h, w); t: (B,) timesteps; text: (B, L, D). Bit-equal to what ``unet.forward``
     computes on its way down.
     """
     emb = _time(unet, t, x_t.dtype)
@@ -44,7 +44,7 @@ def down_path(unet: UNet2DConditionModel, x_t: Tensor, t: Tensor, text: Tensor) 
 
 
 def up_path(unet: UNet2DConditionModel, maps: Sequence[Tensor], t: Tensor, text: Tensor) -> Tensor:
-    """The UNet's prediction (B, 4, h, w) from the maps of `down_path`; bit-equal to ``unet.forward``."""
+    """The UNet's prediction (B, C, h, w) from the maps of `down_path`; bit-equal to ``unet.forward``."""
     *skips, h = maps
     emb = _time(unet, t, h.dtype)
     # As the UNet itself does: sizes are handed on only where halving and doubling would not meet again.

@@ -62,7 +62,7 @@ class StudyConfig(ListConfig):
     def arm(self) -> str:
         """Its name in the tables: the kind, "word" (the pseudo-word at zero steps), or the tuned part.
 
-        A part tuned without augmentation (the source's recipe) is "PART (source)".
+        A part tuned without augmentation (the plain recipe) is "PART (source)".
         """
         return _arm(self.kind, self.tuning)
 
@@ -152,7 +152,7 @@ def configs(
     """The study of a list: for each attribute floor, word, each part, and ceiling; and both compositions.
 
     A composition takes the shape of each reference and the appearance of the next. The real lists have more
-    arms: the source's recipe (each attribute's own half, without augmentation), the lossless oracle image, a
+    arms: the plain recipe (each attribute's own half, without augmentation), the lossless oracle image, a
     copy of the reference, and, for appearance and composition, a flat colour.
     """
     real = listed.name in REAL_LISTS

@@ -57,8 +57,8 @@ class Trial:
 
 
 GUIDANCE = {"guidance_scale": 4.0, "guidance_rescale": 0.0, "guidance_from": "customized"}
-# What each trial changes something of. All of it is written out, so that a later default does not change what
-# a trial is.
+# The starting recipe, of which each trial changes something. All of it is written out, so that a later
+# default does not change what a trial is.
 START: dict[str, dict[str, Any]] = {
     "shape": {
         "part": "encoder", "steps": 160, "batch_size": 16, "views": 192, "augmentation": 1.0, "dropout": 0.15,

@@ -39,7 +39,7 @@ class Row:
 def table(results: Iterable[records.Record]) -> dict[str, dict[str, Row]]:
     """Rows by mode ("shape", "appearance", "composition") and arm, from records of this study.
 
-    Raises KeyError when a customised run's floor is not among them.
+    Raises KeyError when a customized run's floor is not among them.
     """
     runs, floors = by_arm(results, _mode)
     return {

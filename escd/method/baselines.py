@@ -161,7 +161,7 @@ _ALL = (
     Method("escd", "ESCDiffusion", "nothing"),
     Method(
         "source",
-        "ESCDiffusion, the source's plain recipe",
+        "ESCDiffusion, the plain recipe",
         "nothing: the reference as it is under fixed prompts, each attribute's own half",
         settings={"augmentation": 0.0},
     ),

@@ -41,9 +41,9 @@ WORD_RATES = {"shape": 1e-4, "appearance": 1e-3}
 # How many differently augmented views of the reference there are. With more of them a shape is learnt better
 # (trials on an earlier training of `mini`, with AdamW).
 VIEWS = {"shape": 192, "appearance": 64}
-# Around which logarithm of noise over signal each is learnt: where outlines are settled, and where texture
-# is. Timesteps drawn uniformly lie higher, and learn less in as many steps
-# (`docs/notes/2026-11-27-tuning.md`, `python -m escd.evaluation.recipe`). None: uniform timesteps.
+# Around which logarithm of noise over signal each is learnt: where outlines are settled
+# (`docs/notes/2026-11-27-tuning.md`), and where texture is (`python -m escd.evaluation.recipe`). Timesteps
+# drawn uniformly lie higher, and learn less in as many steps. None: uniform timesteps.
 NOISE_LEVELS = {"shape": 0.4, "appearance": -1.5}
 # Whether the views that keep a material show it at its own scale: enlarged, it is blurred.
 TRUE_SCALE = {"shape": False, "appearance": True}
@@ -57,7 +57,7 @@ LARGE_RECIPE = {
     "learning_rate": 1e-5,
     "word_learning_rate": 5e-4,
     "batch_size": 1,
-    # The source's recipe: repainted views are drawings of a world that such a backbone does not live in.
+    # The plain recipe: repainted views are drawings of a world that such a backbone does not live in.
     "augmentation": 0.0,
     "varied": True,
 }
@@ -106,7 +106,7 @@ class TuningConfig:
     views: int = 64
     # Share of the views in which the other attribute is changed (`views_of`).
     augmentation: float = 0.75
-    # Share of the draws under the empty prompt, from which guidance starts.
+    # Share of the draws under the empty prompt; of use where guidance starts from the customized UNet.
     dropout: float = 0.0
     # "joint": both halves read the pseudo-word and its gradient comes from both, as in plain tuning. "half":
     # both read it, its gradient comes from the half that is tuned alone, and a frozen encoder runs without

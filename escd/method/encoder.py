@@ -69,9 +69,9 @@ def extract_features(
     The UNet's way down reads the reference noised to `timestep` under the empty prompt; the OpenCLIP tower
     gives its CLS token. Both stand side by side in the result, the CLS token first; the attribute filter
     merges them. The noise is drawn from `seed`, one field for all images, so a reference's features do not
-    depend on its batch. `x_0`: the images' latents (B, 4, h, w), where they are known already.
+    depend on its batch. `x_0`: the images' latents (B, C, h, w), where they are known already.
     """
-    x_0 = backbone.encode_images(images) if x_0 is None else x_0  # (B, 4, h, w)
+    x_0 = backbone.encode_images(images) if x_0 is None else x_0  # (B, C, h, w)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, *x_0.shape[1:], generator=generator).to(x_0).expand_as(x_0)
     t = torch.full((len(x_0),), timestep, device=x_0.device)

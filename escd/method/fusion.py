@@ -24,13 +24,12 @@ class AttributeFilter(ModelMixin, ConfigMixin):
     """The shape filter and the appearance filter are two of these: one architecture, two sets of weights.
 
     cls_width, down_width: lengths of the two parts of embeds_ref; word_width: length of a word embedding;
-    hidden: width inside; grids: what F_down is averaged over (`pooled`); cell_width: what is kept of the
-    channels of one cell, by the same layer in each. ``forward(embeds_ref, word_embedding)`` gives the
-    pseudo-word's embedding. A new filter gives the word's own embedding, because its last layer starts at
-    zero: customisation can start from it anywhere. The pseudo-word lies within `reach` lengths of the word's
-    embedding from it: unbounded, a filter ends thousands of lengths away, where the text encoder's
-    normalisation leaves nothing but a direction, tuning moves nothing and a strength of one per cent is all
-    of it.
+    hidden: width of the hidden layers; grids: what F_down is averaged over (`pooled`); cell_width: what is
+    kept of the channels of one cell, by the same layer in each. ``forward(embeds_ref, word_embedding)`` gives
+    the pseudo-word's embedding. A new filter gives the word's own embedding, because its last layer starts at
+    zero: customization can start from it anywhere. The offset is shorter than `reach` times the word's
+    embedding: unbounded, a filter ends thousands of lengths away, where the text encoder's normalisation
+    leaves nothing but a direction, tuning moves nothing and a strength of one per cent is all of it.
     """
 
     @register_to_config

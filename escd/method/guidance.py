@@ -18,7 +18,7 @@ CUSTOMIZED, BACKBONE = UNCONDITIONAL = ("customized", "backbone")
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far guidance goes, and where it starts."""
+    """The scale of classifier-free guidance, and the UNet that predicts its branch without the prompt."""
 
     guidance_scale: float
     # "customized": Eq. 7 in both branches. "backbone": the branch without the prompt is the untouched UNet's
@@ -39,7 +39,7 @@ LARGE = Guidance(7.5)
 def default_guidance(
     attributes: Iterable[Attribute | str] = (), backbone: Backbone | None = None
 ) -> Guidance:
-    """The guidance of a prompt with these attributes' pseudo-words: that of the smallest scale of theirs."""
+    """The guidance of a prompt with these attributes' pseudo-words: theirs that has the smallest scale."""
     if backbone is not None and backbone.large:
         return LARGE
     recipes = [resolve_attribute(attribute).recipe for attribute in attributes]

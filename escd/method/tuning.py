@@ -77,10 +77,10 @@ def customize(
     learns it in full. callback(step, loss) is called after each step and ends the tuning early by
     returning True. Ctrl-C ends it too, and what was learnt until then is returned; with
     keep_interrupted=False the interrupt goes on to the caller, as it must where the result counts as one
-    of all its steps. checkpointing: compute the UNet's inner results again on the way back instead of
+    of all its steps. checkpointing: compute the UNet's inner results again in the backward pass instead of
     keeping them (Chen et al. 2016): the same result for a fraction of the memory and about a third more
-    time; None does so where a GPU's memory would not do otherwise (`escd.method.cost`). config: all of these
-    numbers at once, from `TuningConfig.of`. method: a published one of
+    time; None does so where a GPU's memory would not suffice otherwise (`escd.method.cost`). config: all of
+    these numbers at once, from `TuningConfig.of`. method: a published one of
     `escd.method.baselines.METHODS`, such as "dreambooth"; None is "escd". snapshots: takes customizations
     after some of the steps. The backbone itself is not changed.
 

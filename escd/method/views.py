@@ -135,7 +135,7 @@ def repainted(
     For a shape, the silhouette `inside` (1, H, W) is filled with the named patterns and colours of the world
     and set on its backgrounds; for an appearance, the world's named shapes are filled with what the reference
     holds inside its silhouette, turned, stretched and bent, or at its own scale (`tiled`). "{}" in a prompt
-    is the pseudo-word. What a prompt says the pseudo-word need not, so that it is left with its own
+    is the pseudo-word. The prompt names everything else, so the pseudo-word only has to carry its own
     attribute: the cross-image supervision of the attribute filters, made from the one image there is.
     """
     world, index = World(seed, named_shapes=1.0, named_appearances=1.0), torch.arange(count)

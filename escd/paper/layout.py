@@ -1,4 +1,4 @@
-"""How the package is laid out: its rooms and who imports whom, read from the code, and a diagram of both.
+"""How the package is laid out: its layers and who imports whom, read from the code, and a diagram of both.
 
 `python -m escd.paper.layout` draws docs/layout.png.
 """
@@ -16,9 +16,9 @@ from .canvas import FROZEN, MUTED, PANEL, Canvas, Drawing, house_style
 
 PICTURE = paths.ROOT / "docs" / "layout.png"
 IMPORTS_KEY = "Imports"  # text chunk of PICTURE: the arrows it shows
-# From the top to the bottom: a room imports from itself and from the rooms below it. Each has its folder of
+# From the top to the bottom: a layer imports from itself and from the layers below it. Each has its folder of
 # the same name, if there is one, and these files beside the folders.
-ROOMS = {
+LAYERS = {
     "paper": ("draw",),
     "pretrain": (),
     "evaluation": ("study", "evaluate"),
@@ -82,30 +82,30 @@ def _file(target: str, code: dict[str, ast.Module]) -> str:
     return "__init__"
 
 
-def room_of(name: str) -> str:
-    """The room of a file of this package; KeyError for one that has none."""
+def layer_of(name: str) -> str:
+    """The layer of a file of this package; KeyError for one that has none."""
     folder, _, rest = name.partition(".")
-    if rest and folder in ROOMS:
+    if rest and folder in LAYERS:
         return folder
-    rooms = [room for room, files in ROOMS.items() if name in files]
-    if not rooms:
+    layers = [layer for layer, files in LAYERS.items() if name in files]
+    if not layers:
         raise KeyError(
-            f"escd/{name.replace('.', '/')}.py is in no room: add it to ROOMS in {Path(__file__).name}"
+            f"escd/{name.replace('.', '/')}.py is in no layer: add it to LAYERS in {Path(__file__).name}"
         )
-    return rooms[0]
+    return layers[0]
 
 
-def room_imports() -> list[tuple[str, str]]:
-    """Which room imports from which other one, from the top to the bottom."""
+def layer_imports() -> list[tuple[str, str]]:
+    """Which layer imports from which other one, from the top to the bottom."""
     code = sources()
-    between = {(room_of(name), room_of(other)) for name, used in imports(code).items() for other in used}
-    return [(one, other) for one in ROOMS for other in ROOMS if one != other and (one, other) in between]
+    between = {(layer_of(name), layer_of(other)) for name, used in imports(code).items() for other in used}
+    return [(one, other) for one in LAYERS for other in LAYERS if one != other and (one, other) in between]
 
 
 @house_style()
 def diagram_layout(arrows: list[tuple[str, str]]) -> Drawing:
-    """The rooms as boxes and `arrows` (importing room, imported room) between them."""
-    names, height, gap, width = list(ROOMS), 0.36, 0.13, 4.1
+    """The layers as boxes and `arrows` (importing layer, imported layer) between them."""
+    names, height, gap, width = list(LAYERS), 0.36, 0.13, 4.1
     step = height + gap
     lanes = [one for one in names if any(arrow[0] == one for arrow in arrows)]
     canvas = Canvas(width + 0.24 * len(lanes) + 0.15, step * len(names) - gap + 0.04)
@@ -115,12 +115,12 @@ def diagram_layout(arrows: list[tuple[str, str]]) -> Drawing:
         canvas.box((0.02 + width / 2, y), width, height, fill=fill)
         title = "files beside the folders" if name == "files" else f"{name}/"
         canvas.text((0.12, y + 0.075), title, ha="left", weight="bold", size=7.5)
-        beside = "" if name == "files" else "".join(f", {file}.py" for file in ROOMS[name])
+        beside = "" if name == "files" else "".join(f", {file}.py" for file in LAYERS[name])
         canvas.text((0.12, y - 0.085), PURPOSES[name], ha="left", size=6.5)
         canvas.text((width - 0.06, y + 0.075), beside.removeprefix(", "), ha="right", size=6, colour=MUTED)
     right = width + 0.02
     for k, name in enumerate(lanes):
-        # a lane of its own for each room: down from the room, and into all that it imports
+        # a lane of its own for each layer: down from the layer, and into all that it imports
         x = right + 0.16 + 0.24 * (len(lanes) - 1 - k)
         start = (right, middles[name] - 0.14)
         for other in (arrow[1] for arrow in arrows if arrow[0] == name):
@@ -131,7 +131,7 @@ def diagram_layout(arrows: list[tuple[str, str]]) -> Drawing:
 
 def main() -> None:
     """Draw docs/layout.png from the imports as they are."""
-    arrows = room_imports()
+    arrows = layer_imports()
     note = "; ".join(f"{one} -> {other}" for one, other in arrows)
     with whole(PICTURE) as unfinished, house_style():
         diagram_layout(arrows).savefig(

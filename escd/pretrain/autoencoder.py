@@ -1,6 +1,7 @@
 """Stage 1 of pretraining: the autoencoder of `mini`, 64 x 64 px to latents of 16 x 16.
 
-It has SD's 4 latent channels; `escd.pretrain.trials` measures more.
+It has 4 latent channels, as Stable Diffusion has, until it is grown (`growing`); `escd.pretrain.trials`
+measures more.
 """
 
 from __future__ import annotations

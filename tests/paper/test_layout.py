@@ -1,4 +1,4 @@
-"""The package's layout, read from its code: rooms, imports, private names, lengths, and their diagram."""
+"""The package's layout, read from its code: layers, imports, private names, lengths, and their diagram."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from escd import paths
 from escd.paper import layout
-from escd.paper.layout import ROOMS, imports, room_of, sources
+from escd.paper.layout import LAYERS, imports, layer_of, sources
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 80
 # (file, what it imports in a function): why not at the top.
@@ -44,17 +44,17 @@ def test_all_imports_are_read(tmp_path):
     }
 
 
-def test_every_file_imports_from_its_own_room_and_those_below():
-    order = list(ROOMS)
+def test_every_file_imports_from_its_own_layer_and_those_below():
+    order = list(LAYERS)
     upward = [
         f"{name} imports {other}"
         for name, used in IMPORTS.items()
         for other in used
-        if order.index(room_of(other)) < order.index(room_of(name))
+        if order.index(layer_of(other)) < order.index(layer_of(name))
     ]
     assert upward == []
-    assert {room_of(name) for name in CODE} == set(ROOMS)
-    assert {file for files in ROOMS.values() for file in files} <= CODE.keys()
+    assert {layer_of(name) for name in CODE} == set(LAYERS)
+    assert {file for files in LAYERS.values() for file in files} <= CODE.keys()
 
 
 def test_no_circle_of_imports():
@@ -112,14 +112,14 @@ def test_no_file_and_no_function_is_long():
     assert long == []
 
 
-def test_the_diagram_has_an_arrow_for_each_room_that_imports_from_another():
+def test_the_diagram_has_an_arrow_for_each_layer_that_imports_from_another():
     arrows = {
-        (room_of(name), room_of(other))
+        (layer_of(name), layer_of(other))
         for name, used in IMPORTS.items()
         for other in used
-        if room_of(name) != room_of(other)
+        if layer_of(name) != layer_of(other)
     }
-    assert set(layout.room_imports()) == arrows
+    assert set(layout.layer_imports()) == arrows
     with Image.open(layout.PICTURE) as picture:
         drawn = picture.text[layout.IMPORTS_KEY].split("; ")
     assert {tuple(arrow.split(" -> ")) for arrow in drawn} == arrows, (
@@ -133,11 +133,11 @@ def test_the_contributors_page_shows_the_diagram_and_names_files_that_are_there(
     assert f"({layout.PICTURE.relative_to(paths.ROOT)})" in page
     named = re.findall(r"`((?:escd|tests|docs|benchmarks|paper|\.ci)/[\w./-]*)`", page)
     assert [name for name in named if not (paths.ROOT / name).exists()] == []
-    assert {name.split("/")[1] for name in named} >= ROOMS.keys() - {"files"}
+    assert {name.split("/")[1] for name in named} >= LAYERS.keys() - {"files"}
 
 
-def test_the_diagram_names_every_room_from_the_top_down():
+def test_the_diagram_names_every_layer_from_the_top_down():
     figure = layout.diagram_layout([("paper", "data")])
     at = {text.get_text(): text.get_position()[1] for text in figure.axes[0].texts}
-    heights = [at[f"{room}/" if room != "files" else "files beside the folders"] for room in ROOMS]
+    heights = [at[f"{layer}/" if layer != "files" else "files beside the folders"] for layer in LAYERS]
     assert all(above > below for above, below in pairwise(heights))
