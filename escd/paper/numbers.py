@@ -323,7 +323,8 @@ def _summary(values: Mapping[str, str]) -> str:
         f"{v['backbone.judged_patterns']} % of the renders).",
         "",
         f"Customization from one image: {v['study.references']} references, {v['study.prompts']} prompts "
-        f"each, {v['study.sampler_steps']} DDIM steps, guidance {v['study.guidance']}:",
+        f"each, {v['study.sampler_steps']} DDIM steps, guidance {v['study.guidance']} from the untouched "
+        "backbone:",
         "",
         results_table(),
         "",
