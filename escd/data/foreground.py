@@ -1,4 +1,4 @@
-"""Segmentation of the foreground of an image on a plain background, without learned parameters."""
+"""Segmentation of the foreground of an image on a plain background, without learnt parameters."""
 
 from __future__ import annotations
 

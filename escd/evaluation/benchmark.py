@@ -73,7 +73,7 @@ MASK = ".mask"  # of NAME.png: NAME.mask.png
 
 @dataclass(frozen=True)
 class EvaluationConfig(SamplingConfig):
-    """One subject: its attribute learned from one image, or the floor."""
+    """One subject: its attribute learnt from one image, or the floor."""
 
     subject: str
     tuning: TuningConfig
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def show(results: dict[bool, list[dict[str, Any]]]) -> str:
-    """A table: the mean of each score over subjects, for the floor and for the learned attribute."""
+    """A table: the mean of each score over subjects, for the floor and for the learnt attribute."""
     names = list(dict.fromkeys(name for metrics in results[False] for name in metrics))
     lines = [f"{'':22}" + "".join(f"{name:>10}" for name in names)]
     for floor, label in ((True, "untouched backbone"), (False, "attribute learnt")):

@@ -37,7 +37,7 @@ METHOD = customize.__module__
 
 @dataclass(frozen=True)
 class About:
-    """When, how and from which commit a customization was learned, and its sha256."""
+    """When, how and from which commit a customization was learnt, and its sha256."""
 
     date: str
     commit: str | None
@@ -48,7 +48,7 @@ class About:
 
 @dataclass(frozen=True)
 class Learnt:
-    """A customization; `kept`: whether an earlier run learned it."""
+    """A customization; `kept`: whether an earlier run learnt it."""
 
     customization: Customization
     about: About
@@ -62,7 +62,7 @@ class Learnt:
 def learn(
     folder: Path, attribute: str, reference: Reference, config: TuningConfig, backbone: Backbone, weights: str
 ) -> Learnt:
-    """The customization that `folder` keeps; where there is none, it is learned now and kept there.
+    """The customization that `folder` keeps; where there is none, it is learnt now and kept there.
 
     weights: the backbone's `weights_sha256`. After an interrupt, which reaches the caller, nothing is kept.
     """
@@ -75,7 +75,7 @@ def learn(
             return Learnt(stored, about, kept=True)
         tqdm.write(
             f"{path.name} has {stored.steps} steps and is to have {config.steps}, or was changed since: "
-            "it is learned again"
+            "it is learnt again"
         )
     learnt = learn_now(reference.image, attribute, config, backbone)
     _write(path, learnt)
@@ -126,7 +126,7 @@ def learn_now(
     mask: Source | None = None,
     progress: bool = False,
 ) -> Learnt:
-    """A customization learned now. An interrupt reaches the caller: a record needs all of the steps."""
+    """A customization learnt now. An interrupt reaches the caller: a record needs all of the steps."""
     start = time.perf_counter()
     learnt = customize(
         image, attribute, backbone,

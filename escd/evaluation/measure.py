@@ -1,6 +1,6 @@
-"""Measures without learned parameters: IoU of silhouettes, distances of appearances, retrieval, intervals.
+"""Measures without learnt parameters: IoU of silhouettes, distances of appearances, retrieval, intervals.
 
-Images are float tensors (N, 3, H, W) in [-1, 1]; masks are (N, H, W), true (or 1) on the object. The learned
+Images are float tensors (N, 3, H, W) in [-1, 1]; masks are (N, H, W), true (or 1) on the object. The learnt
 judges of named attributes are in `escd.evaluation.judges`.
 """
 

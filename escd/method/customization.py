@@ -36,7 +36,7 @@ _ENCODER = "encoder."  # what the names of the encoder's tensors begin with in a
 
 @dataclass
 class Customization:
-    """One attribute of one image, learned on one backbone: a pseudo-word's embedding, and dW of a part."""
+    """One attribute of one image, learnt on one backbone: a pseudo-word's embedding, and dW of a part."""
 
     attribute: Attribute
     pseudo_word: Tensor  # (D,), the embedding v, or (K, D), one for each cross-attention layer

@@ -21,6 +21,7 @@ from ..evaluation.judges import HEADS
 from ..evaluation.real_tables import AppearanceRow, Row, ShapeRow
 from ..files import write_text
 from ..method.attributes import ATTRIBUTES
+from ..method.guidance import BACKBONE
 from ..pretrain import ablation, trials
 from ..pretrain.autoencoder import LATENT_CHANNELS
 from .methods import method_numbers, methods_at_size_in_words, methods_in_latex, methods_in_words
@@ -96,6 +97,12 @@ def _guidance(used: Iterable[records.Record]) -> str:
     if len(set(scales.values())) == 1:
         return f"{next(iter(scales.values())):g}"
     return " and ".join(f"{scale:g} ({attribute})" for attribute, scale in scales.items())
+
+
+def _from_in_words() -> str:
+    """Which UNet predicts the branch without the prompt, where it is the same in all runs of the study."""
+    starts = {record.config["guidance_from"] for record in results().used}
+    return " from the untouched backbone" if starts == {BACKBONE} else ""
 
 
 def _study_numbers() -> dict[str, str]:
@@ -323,8 +330,7 @@ def _summary(values: Mapping[str, str]) -> str:
         f"{v['backbone.judged_patterns']} % of the renders).",
         "",
         f"Customization from one image: {v['study.references']} references, {v['study.prompts']} prompts "
-        f"each, {v['study.sampler_steps']} DDIM steps, guidance {v['study.guidance']} from the untouched "
-        "backbone:",
+        f"each, {v['study.sampler_steps']} DDIM steps, guidance {v['study.guidance']}{_from_in_words()}:",
         "",
         results_table(),
         "",
