@@ -27,7 +27,7 @@ from .method.config import TuningConfig
 from .method.cost import require_memory, time_in_words, tuning_cost
 from .method.customization import Customization, load_customization, steps_of
 from .method.export import export
-from .method.guidance import LARGE, PLAIN_SCALE, UNCONDITIONAL, default_guidance
+from .method.guidance import LARGE_SCALE, PLAIN_SCALE, UNCONDITIONAL, default_guidance
 from .method.inputs import MOST
 from .method.low_rank import low_rank, megabytes_at
 from .method.pipeline import ESCDPipeline
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance-scale",
         type=float,
         help=f"default on mini: {PLAIN_SCALE:g}, or {default_guidance(ATTRIBUTES).guidance_scale:g} with *m "
-        f"or *a in the prompt; on large backbones {LARGE.guidance_scale:g}",
+        f"or *a in the prompt; on large backbones {LARGE_SCALE:g}",
     )
     draw.add_argument(
         "--guidance-from",
@@ -303,12 +303,18 @@ def _write(save: Callable[[Path], object], path: Path, options: argparse.Namespa
         raise OSError(f"{error}; the picture is kept in {save_elsewhere(path, save)}") from error
 
 
+def _scale_elsewhere(customization: Customization, backbone: Backbone) -> float:
+    """The scale of guidance for programs whose branch without the prompt is customized, too."""
+    return default_guidance([customization.attribute], backbone, "customized").guidance_scale
+
+
 def _export(options: argparse.Namespace, _ending: Ending) -> None:
     if not options.file.is_file():
         raise FileNotFoundError(f"no customization at {options.file}")
     folder = options.output or options.file.with_suffix("")
     require_folder(folder)
-    customization = load_customization(options.file, load_backbone(options.backbone))
+    backbone = load_backbone(options.backbone)
+    customization = load_customization(options.file, backbone)
     if options.rank is not None:
         customization = low_rank(customization, options.rank)
     exported = export(customization, folder, options.file.stem)
@@ -317,5 +323,6 @@ def _export(options: argparse.Namespace, _ending: Ending) -> None:
     token = customization.attribute.token
     word = exported.trigger
     _say(f"the word to type: in diffusers {token}, in A1111 {word}, in ComfyUI embedding:{word}")
+    _say(f"the scale of guidance to begin with there: {_scale_elsewhere(customization, backbone):g}")
     if exported.left_behind:
         _say(f"diffusers' LoRA carries none of {len(exported.left_behind)} changed biases and norms")

@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from . import __version__
+from .method.guidance import CUSTOMIZED, UNCONDITIONAL, Start
 from .reading import json_of
 from .records import sha256
 
@@ -35,7 +36,7 @@ class Drawn:
     images: int
     steps: int
     guidance_scale: float
-    guidance_from: str
+    guidance_from: Start
     shape_strength: float
     appearance_strength: float
     # Files of the customizations, as they were named (of an absolute path the name alone), and their sha256.
@@ -65,12 +66,16 @@ class Drawn:
         if text is None:
             raise ValueError(f"{path} does not say how it was drawn: it is no PNG as escd generate writes it")
         about = json_of(text, f"what {path} says of how it was drawn")
-        kinds = typing.get_type_hints(cls)
+        if isinstance(about, dict):
+            about.setdefault("guidance_from", CUSTOMIZED)  # an image of an earlier version
+        kinds = typing.get_type_hints(cls) | {"guidance_from": str}
         if not isinstance(about, dict) or about.keys() != kinds.keys():
             raise ValueError(f"{path} says how it was drawn in other terms than this version: {text[:80]}")
         for name, value in about.items():
             if not isinstance(value, kinds[name]):
                 raise ValueError(f"{path} says it was drawn with {name} {value!r}")
+        if about["guidance_from"] not in UNCONDITIONAL:
+            raise ValueError(f"{path} says it was drawn with guidance_from {about['guidance_from']!r}")
         drawn = cls(**about)
         if drawn.seed not in range(drawn.first_seed, drawn.first_seed + drawn.images):
             raise ValueError(f"{path} says it was drawn with a seed that its batch has not: {text[:80]}")

@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from escd import ESCDPipeline, TuningConfig, customize, load_backbone, load_customization
 from escd.commands import _bytes_of, main
+from escd.drawn import Drawn
 from escd.ending import Ending
 from escd.method.customization import steps_of
 
@@ -265,8 +266,8 @@ def test_pictures_do_not_replace_each_other_and_say_how_they_were_drawn(here, ti
     about = chunk("seed-4.png")
     digest = hashlib.sha256(Path("horse.safetensors").read_bytes()).hexdigest()
     wanted = {
-        "prompt": "a *m shape", "negative_prompt": "blue", "seed": 4, "steps": 2, "guidance_scale": 4.0,
-        "guidance_from": "customized", "shape_strength": 0.5,
+        "prompt": "a *m shape", "negative_prompt": "blue", "seed": 4, "steps": 2, "guidance_scale": 3.0,
+        "guidance_from": "backbone", "shape_strength": 0.5,
         "shape": "horse.safetensors", "shape_sha256": digest, "appearance": None,
     }  # fmt: skip
     assert wanted.items() <= about.items() and str(here) not in json.dumps(about)
@@ -279,9 +280,9 @@ def test_pictures_do_not_replace_each_other_and_say_how_they_were_drawn(here, ti
     before = Path("seed-3.png").read_bytes()
     assert main(["generate", "--like", "seed-3-2.png", "--overwrite", "--backbone", str(tiny_folder)]) == 0
     assert chunk("seed-3.png")["prompt"] == "a red star é" and Path("seed-3.png").read_bytes() != before
-    other = ["--shape-strength", "1", "--guidance-from", "backbone"]
+    other = ["--shape-strength", "1", "--guidance-from", "customized"]
     assert main(["generate", "a star", "--like", "seed-4.png", *other, *base]) == 0
-    about |= {"prompt": "a star", "shape_strength": 1.0, "guidance_from": "backbone"}
+    about |= {"prompt": "a star", "shape_strength": 1.0, "guidance_from": "customized"}
     assert chunk("elsewhere/seed-4-2.png") == about
 
     with open("horse.safetensors", "ab") as file:
@@ -298,6 +299,7 @@ def test_pictures_do_not_replace_each_other_and_say_how_they_were_drawn(here, ti
         '{"prompt": "a"}',
         {"seed": [1]},
         {"images": 0},
+        {"guidance_from": "base"},
         {"shape": "x"},
         {"backbone": "somebody/gigabytes"},  # which are not fetched
     ],
@@ -311,6 +313,16 @@ def test_a_picture_that_says_nonsense_is_refused(about, here, tiny_folder, capsy
     Image.new("RGB", (4, 4)).save("odd.png", pnginfo=text)
     assert main(["generate", "--like", "odd.png"]) == 2
     assert "odd.png" in capsys.readouterr().err
+
+
+def test_an_image_of_an_earlier_version_was_drawn_from_the_customized_unet(here, tiny_folder):
+    assert main(["generate", "a star", "--steps", "1", "--backbone", str(tiny_folder)]) == 0
+    about = chunk("seed-0.png")
+    del about["guidance_from"]
+    text = PngInfo()
+    text.add_text("escd", json.dumps(about))
+    Image.new("RGB", (4, 4)).save("old.png", pnginfo=text)
+    assert Drawn.read(Path("old.png")).guidance_from == "customized"
 
 
 def test_a_console_may_know_few_characters(picture, here, tiny_folder, monkeypatch):

@@ -324,7 +324,8 @@ def test_numbers_of_a_pipeline(fixed):
     pipe = ESCDPipeline(fixed, shape=make_customization(fixed, "shape"))
     pipe.set_progress_bar_config(disable=True)
     names = ("height", "width", "num_inference_steps", "guidance_scale", "shape_strength", "strengths",
-             "appearance_strength", "num_images_per_prompt", "output_type", "negative_prompt")  # fmt: skip
+             "appearance_strength", "num_images_per_prompt", "output_type", "negative_prompt",
+             "guidance_from")  # fmt: skip
     for case, draw in draws("pipeline", 80):
         given = {name: draw.choice(NUMBERS) for name in draw.sample(names, draw.choice([1, 1, 2]))}
         with refused_in_one_line(case):

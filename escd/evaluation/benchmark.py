@@ -33,7 +33,7 @@ from ..loading import load_backbone
 from ..method.attributes import ATTRIBUTES, resolve_attribute
 from ..method.config import TuningConfig
 from ..method.cost import require_memory, tuning_cost
-from ..method.guidance import LARGE
+from ..method.guidance import LARGE_SCALE
 from ..method.pipeline import ESCDPipeline
 from . import measure
 from .configs import SamplingConfig
@@ -82,7 +82,7 @@ class EvaluationConfig(SamplingConfig):
     prompts: int = len(SCENES)
     # Images per prompt.
     images: int = 1
-    guidance_scale: float = field(default=LARGE.guidance_scale, kw_only=True)
+    guidance_scale: float = field(default=LARGE_SCALE, kw_only=True)
     # The networks that score.
     clip: str = OPENCLIP.architecture
     dino: str | None = None
@@ -219,6 +219,8 @@ def evaluate(
             f"{PHRASES[attribute.name].format(thing, word)} {scene}",
             num_inference_steps=config.sampler_steps,
             guidance_scale=config.guidance_scale,
+            guidance_rescale=config.guidance_rescale,
+            guidance_from=config.guidance_from,
             num_images_per_prompt=config.images,
             generator=[torch.Generator().manual_seed(config.seed + j) for j in range(config.images)],
         ).images

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from ..backbone.parts import NO_PART
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
-from ..method.guidance import CUSTOMIZED, PLAIN_SCALE, default_guidance
+from ..method.guidance import CUSTOMIZED, PLAIN_SCALE, Start, default_guidance
 from .autoencoder import IMAGE_SETS
 from .references import REAL_LISTS, References
 
@@ -27,7 +27,7 @@ class SamplingConfig:
     sampler_steps: int = 25
     guidance_scale: float = PLAIN_SCALE
     guidance_rescale: float = 0.0
-    guidance_from: str = CUSTOMIZED
+    guidance_from: Start = CUSTOMIZED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,10 @@ def configs(
 
 
 def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -> list[RankConfig]:
-    """Each attribute with its default tuning: in full, at each of `RANKS`, and as exported."""
+    """Each attribute with its default tuning: in full, at each of `RANKS`, and as exported.
+
+    What is exported is scored with the guidance of other programs, from the customized UNet.
+    """
     grid = []
     for reference in listed:
         for attribute in ATTRIBUTES:
@@ -198,7 +201,9 @@ def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -
                 attribute, reference.id, TuningConfig.of(attribute, seed=seed), None,
                 list=listed.name, backbone=backbone, seed=seed, **asdict(default_guidance([attribute])),
             )  # fmt: skip
-            grid += [full, *(replace(full, rank=rank) for rank in RANKS), replace(full, exportable=True)]
+            elsewhere = asdict(default_guidance([attribute], guidance_from=CUSTOMIZED))
+            grid += [full, *(replace(full, rank=rank) for rank in RANKS)]
+            grid.append(replace(full, exportable=True, **elsewhere))
     return grid
 
 

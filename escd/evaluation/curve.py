@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from ..ending import run_command
 from ..loading import load_backbone
 from ..method.config import TuningConfig
 from ..method.fusion import AttributeFilter
-from ..method.guidance import default_guidance
 from .autoencoder import autoencoder_scores, image_sets
 from .configs import ObedienceConfig, SamplingConfig, StudyConfig
 from .references import load_references
@@ -36,6 +35,11 @@ from .study import Study
 
 # Attribute, the score of its transfer, the score of its leakage.
 SCORED = (("shape", "silhouette", "texture_material"), ("appearance", "material", "silhouette"))
+# How each is tuned: fixed here, so that the points of a curve stay comparable when defaults change.
+TUNING: dict[str, dict[str, Any]] = {
+    "shape": {"steps": 160, "batch_size": 16, "dropout": 0.15, "noise_level": 0.4, "true_scale": False},
+    "appearance": {"steps": 40, "batch_size": 8, "dropout": 0.0, "noise_level": None, "true_scale": False},
+}
 STAGES = ("unet", "autoencoder")
 
 
@@ -82,7 +86,7 @@ def score_checkpoint(config: CurveConfig, folder: Path) -> dict[str, Any]:
     metrics: dict[str, Any] = {"obeyed": {k: v for k, v in obeyed.items() if not k.startswith("by_")}}
     few = list(load_references(which="development"))[: config.references]
     for name, wanted, unwanted in SCORED if few else ():
-        tuning = TuningConfig.of(name, seed=config.seed)
+        tuning = TuningConfig.of(name, seed=config.seed, **TUNING[name])
         rows = [
             study.score(
                 StudyConfig(
@@ -91,7 +95,7 @@ def score_checkpoint(config: CurveConfig, folder: Path) -> dict[str, Any]:
                     "customized",
                     tuning,
                     list="development",
-                    **asdict(default_guidance([name])),
+                    guidance_scale=config.guidance_scale,
                     **same,
                 )
             )

@@ -187,17 +187,17 @@ def _pair(runs: Runs, _floors: dict[Any, Metrics]) -> PairRow:
 FIRST, LAST = ("floor", "flat", "word"), ("ceiling", "lossless", "copy")
 ARMS = {
     "floor": "untouched backbone",
-    "flat": "flat area of the mean colour",
+    "flat": "flat area of the material's mean colour",
     "word": "pseudo-word only",
     "encoder": "encoder tuned",
     "decoder": "decoder tuned",
     "all": "whole UNet tuned",
-    "encoder (source)": "encoder, source's recipe",
-    "decoder (source)": "decoder, source's recipe",
+    "encoder (source)": "encoder tuned, plain recipe",
+    "decoder (source)": "decoder tuned, plain recipe",
     "ours": "shape in the encoder, appearance in the decoder",
-    "reversed": "shape in the decoder, appearance in the encoder",
-    "ceiling": "oracle image through the autoencoder",
-    "lossless": "oracle image, lossless",
+    "reversed": "the other way round",
+    "ceiling": "right answer after the autoencoder",
+    "lossless": "right answer",
     "copy": "copy of the reference",
 }
 OBEYED = {

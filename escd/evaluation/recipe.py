@@ -63,7 +63,7 @@ START: dict[str, dict[str, Any]] = {
     "shape": {
         "part": "encoder", "steps": 160, "batch_size": 16, "views": 192, "augmentation": 1.0, "dropout": 0.15,
         "optimizer": "muon", "learning_rate": 1.2e-2, "word_learning_rate": 1e-4, "bias_learning_rate": 1e-3,
-        "noise_level": 0.4,
+        "noise_level": 0.4, "true_scale": False,
     },
     "appearance": {
         "part": "decoder", "steps": 40, "batch_size": 8, "views": 64, "augmentation": 0.75, "dropout": 0.0,

@@ -15,7 +15,7 @@ from ..data import foreground, patterns
 from ..data.names import COLOUR_RGB, COLOURS, PATTERNS, SHAPES, SIZE
 from ..data.random import CounterRNG
 from ..method.attributes import ATTRIBUTES
-from ..method.guidance import CUSTOMIZED, PLAIN_SCALE
+from ..method.guidance import CUSTOMIZED, PLAIN_SCALE, Start
 from ..method.pipeline import ESCDPipeline
 from . import measure, texture
 from .judges import Judges, load_judges, obeyed
@@ -89,7 +89,7 @@ def _nearest(distance: Callable, look: measure.Appearance, candidates: Sequence[
 def score_customization(
     pipe: ESCDPipeline, prompts: Sequence[Prompt], shape: Reference, appearance: Reference,
     listed: References, judges: Judges, *, seed: int = 0, sampler_steps: int = 25,
-    guidance_scale: float = PLAIN_SCALE, guidance_rescale: float = 0.0, guidance_from: str = CUSTOMIZED,
+    guidance_scale: float = PLAIN_SCALE, guidance_rescale: float = 0.0, guidance_from: Start = CUSTOMIZED,
 ) -> dict[str, list]:  # fmt: skip
     """Generate one image per prompt with a pipeline and score them (`score_images`).
 
@@ -111,7 +111,7 @@ def generate(
     sampler_steps: int = 25,
     guidance_scale: float | None = None,
     guidance_rescale: float = 0.0,
-    guidance_from: str | None = None,
+    guidance_from: Start | None = None,
 ) -> Tensor:
     """One image per prompt, (N, 3, H, W) in [-1, 1]; image i starts from the noise of seed + i.
 

@@ -22,6 +22,7 @@ from ..backbone.halves import down_path, with_weights
 from ..backbone.prompts import starred_words
 from .delta import Change, LowRank
 from .encoder import down_width, pooled
+from .memory import fetched
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -284,9 +285,8 @@ class LatentReader:
     @torch.no_grad()
     def __call__(self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Text conditioning at this step; x_t: the latents as the UNet takes them, t: the time step."""
-        if (hook := getattr(unet, "_hf_hook", None)) is not None:
-            hook.pre_forward(unet)  # a part of an offloaded UNet does not fetch it by itself
-        features = latent_features(unet, {}, x_t, t.to(x_t.device).expand(len(x_t)), self.empty)
+        # A part of an offloaded UNet does not fetch it by itself.
+        features = latent_features(fetched(unet), {}, x_t, t.to(x_t.device).expand(len(x_t)), self.empty)
         return self.encode({token: read.at(features) for token, read in self.words.items()})
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Generator, Tensor
 
 from .customization import Customization
 from .guidance import UNCONDITIONAL
+from .sampling import OF_XL
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 MOST = 16_384  # px a side, images of a prompt, steps: more is a slip, and would exhaust the memory
@@ -65,12 +67,14 @@ def require_counts(num_inference_steps: int, num_images_per_prompt: int) -> None
         _require_at_most(name, value)
 
 
-def require_sides(height: int, width: int, scale: int) -> None:
-    """Raise ValueError unless both are positive multiples of `scale` px, up to MOST."""
+def sides_of(height: int | None, width: int | None, size: int, scale: int) -> tuple[int, int]:
+    """Height and width of an image, `size` where None; ValueError unless multiples of `scale` up to MOST."""
+    height, width = (size if side is None else side for side in (height, width))
     for name, value in {"height": height, "width": width}.items():
         if not isinstance(value, Integral) or value < scale or value % scale:
             raise ValueError(f"{name} must be a multiple of {scale} px, not {value!r}")
         _require_at_most(name, value)
+    return height, width
 
 
 def _require_at_most(name: str, value: int) -> None:
@@ -94,10 +98,21 @@ def require_text_options(layers: int, clip_skip: int | None, guidance_rescale: f
         raise ValueError(f"guidance_rescale is a share between 0 and 1, not {guidance_rescale!r}")
 
 
-def require_guidance_from(guidance_from: str | None) -> None:
+def require_guidance_from(guidance_from: object) -> None:
     """Raise ValueError unless it is one of `guidance.UNCONDITIONAL`, or None."""
-    if guidance_from is not None and guidance_from not in UNCONDITIONAL:
+    if guidance_from is None:
+        return
+    if not isinstance(guidance_from, str) or guidance_from not in UNCONDITIONAL:
         raise ValueError(f"guidance_from is {' or '.join(map(repr, UNCONDITIONAL))}, not {guidance_from!r}")
+
+
+def tensor_inputs(callback: object, names: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+    """The names of the tensors that a callback is given; ValueError for unknown ones."""
+    if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+        names = callback.tensor_inputs
+    if unknown := set(names) - {*known, *OF_XL}:
+        raise ValueError(f"unknown tensors {sorted(unknown)}; known: {known}")
+    return names
 
 
 def require_embeds(name: str, text: object, embeds: Tensor | None, width: int) -> None:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
 
 if TYPE_CHECKING:
     from ..backbone.model import Backbone
 
 logger = logging.getLogger(__name__)
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def fetched(network: Network) -> Network:
+    """A network, where it is offloaded moved to the device that it computes on.
+
+    accelerate's hook looks at the first parameter alone, which networks that share weights may share, too.
+    """
+    if (hook := getattr(network, "_hf_hook", None)) is not None:
+        hook.pre_forward(network)
+        network.to(hook.execution_device)
+    return network
 
 
 class MemorySaving(DiffusionPipeline):

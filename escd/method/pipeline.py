@@ -7,12 +7,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from torch import Generator, Tensor, nn
 
@@ -33,7 +33,7 @@ from .customization import (
     save_customizations,
 )
 from .e4t import latent_reader, require_encodable
-from .guidance import BACKBONE, Guidance, guidance_of
+from .guidance import BACKBONE, Guidance, Start, guidance_of
 from .inputs import (
     negatives_for,
     require_counts,
@@ -41,13 +41,13 @@ from .inputs import (
     require_generators,
     require_guidance_from,
     require_output,
-    require_sides,
     require_text_options,
+    sides_of,
     strengths_by_token,
+    tensor_inputs,
 )
 from .memory import MemorySaving
 from .sampling import (
-    OF_XL,
     Call,
     Calls,
     Group,
@@ -94,7 +94,7 @@ class ESCDPipeline(
     num_timesteps = of_call("num_timesteps", "Steps of the call.")
     guidance_scale = _guidance_scale = of_call("guidance_scale", "How far guidance goes; off up to 1.")
     guidance_rescale = of_call("guidance_rescale", "Share of guidance that is scaled back (Lin et al. 2023).")
-    guidance_from = of_call("guidance_from", "Which UNet predicts the branch without the prompt.")
+    guidance_from = property(lambda self: self._calls.current().guidance_from, doc="Of the call; see there.")
     clip_skip = of_call("clip_skip", "Last layers of the text encoder that are left out.")
     interrupt = _interrupt = property(
         lambda self: self._calls.current().interrupt,
@@ -231,18 +231,17 @@ class ESCDPipeline(
         negative_prompt_embeds: Tensor | None = None,
         clip_skip: int | None = None,
         guidance_rescale: float = 0.0,
-        guidance_from: str | None = None,
+        guidance_from: Start | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Images of `prompt`, `num_images_per_prompt` of each, prompt by prompt, in `.images`.
 
         `strengths` maps the names of further attributes to their strengths (default 1). `height` and `width`
         are in pixels, by default the backbone's. `latents` (B, C, h, w) takes the place of drawn noise.
         Guidance is at work above a scale of 1. Its branch without the prompt is predicted by the "customized"
-        UNet or, at the price of a second call of it a step, by the "backbone" (Phunyaphibarn et al. 2025).
-        None for `guidance_scale` or `guidance_from` is each prompt's default (`default_guidance`).
-        `guidance_rescale` scales that share of guidance back to the deviation it has without (Lin et al.
-        2023). `clip_skip` leaves out so many last layers of the text encoder. `output_type`: "pil", "np",
-        "pt" or "latent".
+        UNet or by the "backbone", the pipeline's `unet` as it is (Phunyaphibarn et al. 2025). None for either
+        is each prompt's default (`default_guidance`). `guidance_rescale` scales that share of guidance back
+        to the deviation it has without (Lin et al. 2023). `clip_skip` leaves out so many last layers of the
+        text encoder. `output_type`: "pil", "np", "pt" or "latent".
 
         `prompt_embeds` and `negative_prompt_embeds` (B, L, D), of any length L, take the place of prompts:
         `encode_prompt` makes them, and what is longer than the text encoder reads, or weighted, is put
@@ -261,43 +260,33 @@ class ESCDPipeline(
         strength_of = strengths_by_token(
             self.customizations.values(), shape_strength, appearance_strength, strengths
         )
-        height = self.backbone.image_size if height is None else height
-        width = self.backbone.image_size if width is None else width
+        scale = self.backbone.vae_scale
+        height, width = sides_of(height, width, self.backbone.image_size, scale)
         require_counts(num_inference_steps, num_images_per_prompt)
-        require_sides(height, width, self.backbone.vae_scale)
         require_output(guidance_scale, output_type)
         require_text_options(self.text_encoder.config.num_hidden_layers, clip_skip, guidance_rescale)
         require_guidance_from(guidance_from)
-        tensor_inputs = self._tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        names = callback_on_step_end_tensor_inputs
+        names = tensor_inputs(callback_on_step_end, names, self._callback_tensor_inputs)
         texts = {k: [x for x in each for _ in range(num_images_per_prompt)] for k, each in texts.items()}
-        scale, count = self.backbone.vae_scale, len(texts["prompt_embeds"])
-        shape = (count, self.unet.config.in_channels, height // scale, width // scale)
-        require_generators(generator, count)
+        prompts = texts["prompt_embeds"]
+        shape = (len(prompts), self.unet.config.in_channels, height // scale, width // scale)
+        require_generators(generator, len(prompts))
         x_T = initial_noise(shape, generator, latents, self._execution_device, self.unet.dtype)
         active = {t: c.attribute for t, c in self.customizations.items() if strength_of[t] != 0}
-        asked = (guidance_scale, guidance_from)
-        guidances = guidance_of(texts["prompt_embeds"], active, *asked, self.backbone)
-        furthest = max(guidances, key=lambda guidance: guidance.guidance_scale)
-        call = Call(furthest.guidance_scale, guidance_rescale, furthest.guidance_from, clip_skip)
+        guidances = guidance_of(prompts, active, guidance_scale, guidance_from, self.backbone)
+        call = Call.of(guidances, guidance_rescale, clip_skip)
         with self._running(call):
             groups = self._groups(texts, strength_of, x_T, generator, num_inference_steps, call, guidances)
             call.num_timesteps = len(groups[0].scheduler.timesteps)
             with self.progress_bar(total=len(groups) * num_inference_steps) as progress:
-                denoise(groups, self, call, callback_on_step_end, tensor_inputs, progress)
+                denoise(groups, self, call, callback_on_step_end, names, progress)
             x_0 = torch.empty_like(x_T)
             for group in groups:
                 x_0[group.rows] = group.x_t.to(x_0.dtype)
             used = {f"strength of {self.customizations[t].attribute.name}": s for t, s in strength_of.items()}
             images = decoded(self.vae, x_0, output_type, used | {"guidance_scale": call.guidance_scale})
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _tensor_inputs(self, callback: object, names: Sequence[str]) -> Sequence[str]:
-        """The names of the tensors that a callback is given; ValueError for unknown ones."""
-        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
-            names = callback.tensor_inputs
-        if unknown := set(names) - {*self._callback_tensor_inputs, *OF_XL}:
-            raise ValueError(f"unknown tensors {sorted(unknown)}; known: {self._callback_tensor_inputs}")
-        return names
 
     @contextmanager
     def _running(self, call: Call) -> Iterator[None]:
@@ -348,7 +337,7 @@ class ESCDPipeline(
                 x_t=x_T[rows] * scheduler.init_noise_sigma,
                 embeds=embeds(asked),
                 generator=[generator[i] for i in rows] if isinstance(generator, list) else generator,
-                guidance_scale=guidance.guidance_scale,
+                **asdict(guidance),
                 reader=latent_reader(asked, self.customizations, pseudo_words, strength_of, embeds),
             )
             groups.append(group)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from ..backbone.prompts import starred_words
-from .guidance import CUSTOMIZED, PLAIN_SCALE, Guidance
+from .guidance import CUSTOMIZED, PLAIN_SCALE, Guidance, Start
+from .memory import fetched
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
@@ -35,11 +36,17 @@ class Call:
 
     guidance_scale: float = PLAIN_SCALE
     guidance_rescale: float = 0.0
-    guidance_from: str = CUSTOMIZED
+    guidance_from: Start = CUSTOMIZED
     clip_skip: int | None = None
     num_timesteps: int = 0
     interrupt: bool = False
     thread: int = field(default_factory=threading.get_ident)
+
+    @classmethod
+    def of(cls, guidances: Sequence[Guidance], guidance_rescale: float, clip_skip: int | None) -> Call:
+        """A call whose prompts have these guidances; it shows that of the largest scale."""
+        shown = max(guidances, key=lambda guidance: guidance.guidance_scale)
+        return cls(**asdict(shown), guidance_rescale=guidance_rescale, clip_skip=clip_skip)
 
 
 class Calls:
@@ -149,6 +156,7 @@ class Group:
     embeds: dict[str, Tensor]
     generator: Generator | list[Generator] | None
     guidance_scale: float
+    guidance_from: Start
     # Gives `embeds` anew at each step, where a pseudo-word is read from the latents (E4T).
     reader: LatentReader | None = None
 
@@ -167,7 +175,7 @@ class Group:
             passes = [(self.unconditional_unet, names[:1]), (self.unet, names[1:])]
         # the noise, or the velocity: the scheduler knows which
         predicted = torch.cat([
-            unet(
+            fetched(unet)(
                 torch.cat([x_in] * len(read)), t,
                 encoder_hidden_states=torch.cat([self.embeds[name] for name in read]),
             ).sample
@@ -222,7 +230,7 @@ def denoise(
         for group in groups:
             group.step(t, call.guidance_rescale)
             if callback is not None:
-                call.guidance_scale = group.guidance_scale
+                call.guidance_scale, call.guidance_from = group.guidance_scale, group.guidance_from
                 group.show(callback, pipe, i, t, names)
                 group.guidance_scale = call.guidance_scale
             if (i + 1) % group.scheduler.order == 0:

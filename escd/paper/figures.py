@@ -12,6 +12,7 @@ from ..data.captions import with_article
 from ..data.names import SHAPES
 from ..evaluation.autoencoder import IMAGE_SETS
 from ..evaluation.curve import points
+from ..evaluation.real_tables import ARMS
 from ..evaluation.references import load_references
 from ..method.attributes import ATTRIBUTES
 from ..pretrain import trials
@@ -20,7 +21,6 @@ from .canvas import APPEARANCE, COLUMN, FROZEN, INK, MUTED, PAGE, SHAPE, Drawing
 from .results import appearances, at_full_size, ranks, results, shapes, training
 from .sheets import ProcessConfig, SheetConfig, sheet, stored_images
 from .stems import figure
-from .tables import ARMS
 
 SET_COLOURS = (INK, MUTED, APPEARANCE)  # of IMAGE_SETS
 SAMPLE_LOOKS = (  # appearance, background: one row of samples each

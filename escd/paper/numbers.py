@@ -21,7 +21,7 @@ from ..evaluation.judges import HEADS
 from ..evaluation.real_tables import AppearanceRow, Row, ShapeRow
 from ..files import write_text
 from ..method.attributes import ATTRIBUTES
-from ..method.guidance import BACKBONE
+from ..method.guidance import BACKBONE, CUSTOMIZED
 from ..pretrain import ablation, trials
 from ..pretrain.autoencoder import LATENT_CHANNELS
 from .methods import method_numbers, methods_at_size_in_words, methods_in_latex, methods_in_words
@@ -99,10 +99,10 @@ def _guidance(used: Iterable[records.Record]) -> str:
     return " and ".join(f"{scale:g} ({attribute})" for attribute, scale in scales.items())
 
 
-def _from_in_words() -> str:
-    """Which UNet predicts the branch without the prompt, where it is the same in all runs of the study."""
-    starts = {record.config["guidance_from"] for record in results().used}
-    return " from the untouched backbone" if starts == {BACKBONE} else ""
+def _guidance_from(used: Iterable[records.Record]) -> str:
+    """Which UNet predicts the branch without the prompt in the study's runs; ValueError where they differ."""
+    (start,) = {record.config["guidance_from"] for record in used}
+    return {BACKBONE: "untouched backbone", CUSTOMIZED: "customized UNet"}[start]
 
 
 def _study_numbers() -> dict[str, str]:
@@ -114,6 +114,7 @@ def _study_numbers() -> dict[str, str]:
         "study.prompts": str(len(one.metrics["prompts"])),
         "study.sampler_steps": str(one.config["sampler_steps"]),
         "study.guidance": _guidance(found.used),
+        "study.guidance_from": _guidance_from(found.used),
     }
     for mode in found.rows.keys() - {"both"}:
         for arm, row in arms_of(found, mode):
@@ -330,7 +331,8 @@ def _summary(values: Mapping[str, str]) -> str:
         f"{v['backbone.judged_patterns']} % of the renders).",
         "",
         f"Customization from one image: {v['study.references']} references, {v['study.prompts']} prompts "
-        f"each, {v['study.sampler_steps']} DDIM steps, guidance {v['study.guidance']}{_from_in_words()}:",
+        f"each, {v['study.sampler_steps']} DDIM steps, guidance {v['study.guidance']} from the "
+        f"{v['study.guidance_from']}:",
         "",
         results_table(),
         "",

@@ -15,7 +15,7 @@ from ..data.world import World
 from ..evaluation.references import DEFAULT_LIST, Reference, load_references
 from ..method.attributes import ATTRIBUTES
 from ..method.config import TuningConfig
-from ..method.guidance import CUSTOMIZED, PLAIN_SCALE, default_guidance
+from ..method.guidance import CUSTOMIZED, PLAIN_SCALE, Start, default_guidance
 from ..method.pipeline import ESCDPipeline
 from ..records import Record
 from .canvas import pixels
@@ -37,7 +37,7 @@ class SheetConfig:
     steps: int = 25
     guidance_scale: float = PLAIN_SCALE
     list: str = DEFAULT_LIST
-    guidance_from: str = CUSTOMIZED
+    guidance_from: Start = CUSTOMIZED
 
 
 def sheet(prompts: Sequence[str], shape: str | None = None, appearance: str | None = None) -> SheetConfig:

@@ -5,25 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..evaluation.formats import decimals, interval, markdown_table, share_of
-from ..evaluation.real_tables import FIRST, LAST, AppearanceRow, Row, ShapeRow
+from ..evaluation.real_tables import ARMS, FIRST, LAST, AppearanceRow, Row, ShapeRow
 from ..evaluation.references import DEFAULT_LIST
 from .results import Results, alike, appearances, pairs, results, shapes
 
-ARMS = {
-    "floor": "untouched backbone",
-    "flat": "flat area of the material's mean colour",
-    "word": "pseudo-word only",
-    "encoder": "encoder tuned",
-    "decoder": "decoder tuned",
-    "all": "whole UNet tuned",
-    "encoder (source)": "encoder tuned, plain recipe",
-    "decoder (source)": "decoder tuned, plain recipe",
-    "ours": "shape in the encoder, appearance in the decoder",
-    "reversed": "the other way round",
-    "ceiling": "right answer after the autoencoder",
-    "lossless": "right answer",
-    "copy": "copy of the reference",
-}
 # What else `alike` calls by name.
 PLACES = {
     "encoder": "encoder",

@@ -1,6 +1,6 @@
 """Stage 1 of pretraining: the autoencoder of `mini`, 64 x 64 px to latents of 16 x 16.
 
-It has 4 latent channels, as Stable Diffusion has, until it is grown (`growing`); `escd.pretrain.trials`
+It has 4 latent channels, as Stable Diffusion has, until it is grown (`grow`); `escd.pretrain.trials`
 measures more.
 """
 

@@ -121,7 +121,7 @@ class FilterStage:
         """The pairs first ... first + count - 1: half of them for each attribute."""
         batches = []
         for name, attribute in ATTRIBUTES.items():
-            config = TuningConfig.of(attribute, views=2, augmentation=1.0)
+            config = TuningConfig.of(attribute, views=2, augmentation=1.0, true_scale=False)
             references, targets, prompts, masks = [], [], [], []
             for k in range(first, first + max(1, count // 2)):
                 image = self._open(files[k % len(files)])

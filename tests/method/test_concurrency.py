@@ -106,13 +106,14 @@ def test_asyncio(pipe):
 
 
 def test_a_pipeline_in_its_own_callback(pipe, other):
-    alone = draw(pipe, BOTH), draw(other, SHAPE), draw(pipe, SHAPE, shape_strength=0.5)
+    half = {"shape_strength": 0.5, "guidance_scale": 4.0}
+    alone = draw(pipe, BOTH), draw(other, SHAPE), draw(pipe, SHAPE, **half)
     inner = []
 
     def call_again(p, step, _t, _tensors):
         if step == 1:
             inner.append(draw(other, SHAPE))
-            inner.append(draw(p, SHAPE, shape_strength=0.5, guidance_scale=4.0, num_inference_steps=STEPS))
+            inner.append(draw(p, SHAPE, num_inference_steps=STEPS, **half))
         assert (p.num_timesteps, p.guidance_scale) == (STEPS, 3.0)  # its own call's, not the inner one's
 
     outer = draw(pipe, BOTH, callback_on_step_end=call_again, guidance_scale=3.0)

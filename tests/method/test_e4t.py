@@ -235,9 +235,11 @@ def count_passes(pipe, prompt, **given):
 def test_the_encoder_reads_at_each_step_and_only_where_it_must(ready, picture, learnt):
     look = escd.customize(picture, "appearance", ready, method="e4t", steps=1, progress=False)
     pipe = pipeline(ready, learnt, look)
-    assert count_passes(pipe, "a *m") == [1, 2] * STEPS, "one more way down a step, for one branch"
+    both = {"guidance_from": "customized"}
+    assert count_passes(pipe, "a *m", **both) == [1, 2] * STEPS, "one more way down a step, for one branch"
+    assert count_passes(pipe, "a *m", guidance_from="backbone") == [1, 1, 1] * STEPS
     assert count_passes(pipe, "a *m", guidance_scale=1.0) == [1, 1] * STEPS
-    assert count_passes(pipe, "a *m with *a appearance") == [1, 2] * STEPS, "one for both"
+    assert count_passes(pipe, "a *m with *a appearance", **both) == [1, 2] * STEPS, "one for both"
     assert count_passes(pipe, "a shape") == [2] * STEPS
     assert count_passes(pipe, "a *m", shape_strength=0.0) == [2] * STEPS
     assert count_passes(pipe, "a shape", negative_prompt="*a") == [1, 2] * STEPS

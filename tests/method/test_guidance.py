@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,23 +12,27 @@ import torch
 from conftest import BOTH
 
 from escd import ESCDPipeline
-from escd.evaluation.configs import PARTS, SamplingConfig, configs
+from escd.evaluation import recipe
+from escd.evaluation.configs import PARTS, SamplingConfig, StudyConfig, configs
 from escd.evaluation.references import load_references
 from escd.method import guidance
+from escd.method.config import TuningConfig
 from escd.method.customization import customized
-from escd.method.guidance import LARGE, PLAIN, Guidance, default_guidance
+from escd.method.guidance import LARGE_SCALE, PLAIN_SCALE, Guidance, default_guidance
+from escd.method.memory import fetched
 from escd.paper.sheets import SheetConfig, sheet
 
 SHAPE, LOOK, NEITHER = "a *m shape", "a star with *a appearance", "a red star"
 
 
-OF_SHAPE, OF_LOOK = Guidance(3.0), Guidance(2.0, "backbone")
+OF_SHAPE, OF_LOOK, PLAIN = Guidance(3.0, "backbone"), Guidance(2.0, "backbone"), Guidance(PLAIN_SCALE)
+SCALES = {"backbone": {"shape": 3.0, "appearance": 2.0}, "customized": {"shape": 5.0, "appearance": 6.0}}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def defaults(monkeypatch):
     """Defaults that differ, whatever the shipped ones are."""
-    monkeypatch.setattr(guidance, "GUIDANCE", {"shape": OF_SHAPE, "appearance": OF_LOOK})
+    monkeypatch.setattr(guidance, "SCALES", SCALES)
 
 
 def draw(pipe: ESCDPipeline, prompt: str | list[str], **options) -> np.ndarray:
@@ -44,7 +49,7 @@ def used(pipe: ESCDPipeline) -> Guidance:
 @pytest.mark.parametrize(
     ("prompt", "expected"), [(NEITHER, PLAIN), (SHAPE, OF_SHAPE), (LOOK, OF_LOOK), (BOTH, OF_LOOK)]
 )
-def test_a_prompt_has_the_guidance_of_its_pseudo_words(pipe, prompt, expected):
+def test_a_prompt_has_the_guidance_of_its_pseudo_words(pipe, prompt, expected, defaults):
     images = draw(pipe, prompt)
     assert used(pipe) == expected
     assert np.array_equal(images, draw(pipe, prompt, **asdict(expected)))
@@ -52,15 +57,19 @@ def test_a_prompt_has_the_guidance_of_its_pseudo_words(pipe, prompt, expected):
     assert not np.array_equal(images, draw(pipe, prompt, **asdict(other)))
 
 
-def test_one_of_the_two_can_be_said(pipe):
-    draw(pipe, LOOK, guidance_scale=5.0)
-    assert used(pipe) == replace(OF_LOOK, guidance_scale=5.0)
+def test_one_of_the_two_can_be_said(pipe, defaults):
+    draw(pipe, LOOK, guidance_scale=7.0)
+    assert used(pipe) == replace(OF_LOOK, guidance_scale=7.0)
     draw(pipe, LOOK, guidance_from="customized")
-    assert used(pipe) == Guidance(2.0)
+    assert used(pipe) == Guidance(6.0), "each start has its own scale"
+    draw(pipe, BOTH, guidance_from="customized")
+    assert used(pipe) == Guidance(5.0), "the smaller one"
+    draw(pipe, NEITHER, guidance_from="backbone")
+    assert used(pipe) == Guidance(PLAIN_SCALE, "backbone")
 
 
 @pytest.mark.parametrize("start", ["customized", "backbone"])
-def test_the_branch_without_the_prompt_is_predicted_by_the_unet_that_is_said(pipe, start):
+def test_the_branch_without_the_prompt_is_predicted_by_the_unet_that_is_said(pipe, start, defaults):
     learnt = pipe.customizations["*a"]
     unet = customized(pipe.unet, [(learnt, 1.0)])
     embeds, negative = pipe.encode_prompt(LOOK)
@@ -78,15 +87,54 @@ def test_the_branch_without_the_prompt_is_predicted_by_the_unet_that_is_said(pip
     assert torch.allclose(pipe(LOOK, output_type="latent", **given).images, expected, atol=1e-5)
 
 
-def test_from_the_backbone_guidance_adds_what_was_learnt(pipe):
-    """Otherwise the test above could not tell the two."""
+def test_the_two_starts_give_other_images(pipe, defaults):
+    """Otherwise the test above could not tell them apart."""
     one, other = (draw(pipe, LOOK, guidance_from=start) for start in ("customized", "backbone"))
     assert not np.allclose(one, other, atol=1e-3)
 
 
-def test_without_customized_weights_it_is_one_unet(pipe):
-    one, other = (draw(pipe, NEITHER, guidance_from=start) for start in ("customized", "backbone"))
-    assert np.array_equal(one, other)
+def passes(pipe: ESCDPipeline, prompt: str | list[str], **options) -> list[int]:
+    """The sizes of the batches that the UNet reads."""
+    sizes: list[int] = []
+    hook = pipe.unet.conv_in.register_forward_hook(lambda _m, inputs, _o: sizes.append(len(inputs[0])))
+    draw(pipe, prompt, **options)
+    hook.remove()
+    return sizes
+
+
+def test_the_untouched_unet_runs_only_where_another_one_does(pipe, defaults):
+    given = {"guidance_from": "backbone"}
+    assert passes(pipe, LOOK, **given) == [1, 1] * 3
+    assert passes(pipe, LOOK, guidance_from="customized") == passes(pipe, NEITHER, **given) == [2] * 3
+    assert passes(pipe, LOOK, guidance_scale=1.0, **given) == [1] * 3
+    assert passes(pipe, [LOOK, NEITHER], **given) == [1, 1, 2] * 3
+
+
+def test_a_callback_reads_the_guidance_of_its_own_group(pipe, defaults):
+    seen = []
+
+    def look(p, _step, _t, tensors):
+        seen.append(used(p))
+        return tensors
+
+    draw(pipe, [LOOK, NEITHER], callback_on_step_end=look)
+    assert seen == [OF_LOOK, PLAIN] * 3
+    with pytest.raises(AttributeError):
+        pipe.guidance_from = "customized"
+
+
+def test_an_offloaded_network_is_fetched_whole(backbone):
+    """accelerate's hook looks at the first parameter alone, which the untouched UNet may have moved."""
+    unet = copy.deepcopy(backbone.unet)
+    unet._hf_hook = SimpleNamespace(pre_forward=lambda _unet: None, execution_device="meta")
+    assert {p.device.type for p in fetched(unet).parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("attribute", ["shape", "appearance"])
+def test_the_defaults_are_those_of_a_trial(attribute):
+    how = asdict(default_guidance([attribute]))
+    default = StudyConfig(attribute, "one", "customized", TuningConfig.of(attribute), list=recipe.LIST, **how)
+    assert default in [trial.config("one") for trial in recipe.trials_of(attribute)]
 
 
 def test_there_are_two_places_to_start(pipe):
@@ -94,14 +142,14 @@ def test_there_are_two_places_to_start(pipe):
         draw(pipe, LOOK, guidance_from="base")
 
 
-def test_a_pseudo_word_at_strength_zero_is_a_plain_word(pipe):
+def test_a_pseudo_word_at_strength_zero_is_a_plain_word(pipe, defaults):
     draw(pipe, BOTH, appearance_strength=0)
     assert used(pipe) == OF_SHAPE
     draw(pipe, BOTH, appearance_strength=0, shape_strength=0)
     assert used(pipe) == PLAIN
 
 
-def test_in_a_batch_each_prompt_keeps_its_own_guidance(pipe):
+def test_in_a_batch_each_prompt_keeps_its_own_guidance(pipe, defaults):
     prompts = [LOOK, NEITHER, SHAPE]
     together = draw(pipe, prompts)
     for expected, row in ((OF_LOOK, 0), (PLAIN, 1), (OF_SHAPE, 2)):
@@ -112,10 +160,10 @@ def test_a_large_backbone_has_diffusers_defaults():
     class Large:
         large = True
 
-    assert default_guidance(["appearance"], Large()) == default_guidance((), Large()) == LARGE
+    assert default_guidance(["appearance"], Large()) == default_guidance((), Large()) == Guidance(LARGE_SCALE)
 
 
-def test_study_and_figures_use_the_same_guidance():
+def test_study_and_figures_use_the_same_guidance(defaults):
     listed = load_references(which="development")
     of_kind = {getattr(c, "attribute", "both"): said(c) for c in configs(listed, parts=PARTS)}
     assert of_kind == {"shape": OF_SHAPE, "appearance": OF_LOOK, "both": OF_LOOK}

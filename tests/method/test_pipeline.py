@@ -82,7 +82,7 @@ def test_weights_are_those_of_the_backbone_where_no_token_stands(pipe, backbone)
     draw(pipe, PLAIN)
     draw(pipe, BOTH, shape_strength=0, appearance_strength=0)
     assert untouched == [True] * 6
-    draw(pipe, BOTH)
+    draw(pipe, BOTH, guidance_from="customized")
     assert untouched[6:] == [False] * 3
 
 
@@ -100,7 +100,7 @@ def test_the_unet_runs_once_a_step_with_both_halves_and_both_branches_of_guidanc
         seen.append(len(inputs[0]))
 
     pipe.unet.register_forward_pre_hook(look)
-    draw(pipe, BOTH, shape_strength=0.5, appearance_strength=2.0)
+    draw(pipe, BOTH, shape_strength=0.5, appearance_strength=2.0, guidance_from="customized")
     assert seen == [2, 2, 2]  # three steps, each with the negative and the positive prompt in one batch
 
 
@@ -118,8 +118,9 @@ def test_images_follow_the_definition_of_strength(pipe, bare, backbone, shape, a
     by_hand = ESCDPipeline(by_hand)
     by_hand.set_progress_bar_config(disable=True)
     prompt, words = "a *m on a *a background", "a shape on a appearance background"
-    images = draw(pipe, prompt, shape_strength=s["shape"], appearance_strength=s["appearance"])
-    np.testing.assert_allclose(images, draw(by_hand, words), atol=1e-5)
+    strengths = {f"{name}_strength": value for name, value in s.items()}
+    images = draw(pipe, prompt, guidance_scale=4.0, guidance_from="customized", **strengths)
+    np.testing.assert_allclose(images, draw(by_hand, words, guidance_scale=4.0), atol=1e-5)
 
 
 def make_backbone_like(backbone):

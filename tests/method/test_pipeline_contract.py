@@ -432,5 +432,5 @@ def test_a_customization_of_one_part_leaves_the_others_weights_shared(backbone):
         shared.append({n for n, p in unet.named_parameters() if p.data_ptr() == own_weights[n]})
 
     pipe.unet.register_forward_pre_hook(look)
-    draw(pipe, "a *m shape")
+    draw(pipe, "a *m shape", guidance_from="customized")
     assert shared[0] == set(own_weights) - set(pipe.customizations["*m"].delta)

@@ -230,6 +230,9 @@ def test_a_large_backbone_has_a_recipe_of_its_own(backbone, monkeypatch):
     assert config.optimizer == "adamw" and config.learning_rate < TuningConfig.of("shape").learning_rate / 10
     assert config.bias_learning_rate is None and config.batch_size == 1
     assert config.augmentation < TuningConfig.of("shape").augmentation == 1
+    assert config.dropout > TuningConfig.of("shape").dropout == 0, "guidance starts from the tuned UNet there"
+    look = TuningConfig.of("appearance", backbone=backbone)
+    assert look.noise_level is None and not look.true_scale and TuningConfig.of("appearance").true_scale
     conditioning = {a: TuningConfig.of(a, backbone=backbone).conditioning for a in ("shape", "appearance")}
     assert conditioning == {"shape": "joint", "appearance": "half"}
     assert TuningConfig.of("appearance", "all", backbone).conditioning == "joint"
@@ -934,7 +937,7 @@ def test_the_largest_rectangle_lies_within_the_mask(rows, columns, wanted):
 
 def test_views_at_true_scale_are_asked_for_by_the_configuration():
     picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    config = TuningConfig.of("appearance", steps=1, augmentation=1.0, views=4)
+    config = TuningConfig.of("appearance", steps=1, augmentation=1.0, views=4, true_scale=False)
     mask = torch.ones(1, *picture.shape[-2:])
     bent, _, said = views_of(Reference(picture, mask), config)
     plain, _, same = views_of(Reference(picture, mask), replace(config, true_scale=True))
