@@ -107,7 +107,8 @@ def methods_in_words() -> list[str]:
         return []
     title = (
         "The published methods on `mini`, each at its own number of steps (differences from ours over the "
-        "same references and prompts, 95 % intervals over references; quality is the IoU, or the likeness of "
+        "same references and prompts, all with the guidance of ours, which none of the papers has; 95 % "
+        "intervals over references; quality is the IoU, or the likeness of "
         "texture and colour; class images are generated once and counted apart; "
         "[figure](figures/methods_curve.png)):"
     )

@@ -25,7 +25,7 @@ def results_table(which: str = DEFAULT_LIST) -> str:
     found = results(which)
     tables = [
         _table(
-            f"{name} ({_references(shapes(found, mode))})",
+            f"{name} ({_images(shapes(found, mode))})",
             ["IoU", "retrieved", "pattern", "colours", "background", "leakage of texture (95 %)"],
             {arm: _shape_cells(row) for arm, row in shapes(found, mode).items()},
         )
@@ -34,7 +34,7 @@ def results_table(which: str = DEFAULT_LIST) -> str:
     ]
     tables.append(
         _table(
-            f"appearance ({_references(appearances(found))})",
+            f"appearance ({_images(appearances(found))})",
             [
                 "first by texture", "rank", "distance", "first by colour", "rank", "distance", "shape",
                 "background", "leakage of shape (95 %)",
@@ -49,8 +49,8 @@ def results_table(which: str = DEFAULT_LIST) -> str:
     return "\n\n".join(tables)
 
 
-def _references(rows: Mapping[str, Row]) -> str:
-    """How many images a customized arm has."""
+def _images(rows: Mapping[str, Row]) -> str:
+    """How many images an arm has."""
     return f"{rows['floor'].pictures} images"
 
 
