@@ -20,6 +20,7 @@ from escd.paper.stems import STEMS, Stem
 
 INPUTS = {"backbone mini": "aa"}
 BUDGETS = (0, 40, 160)
+STEPS = {"shape": 160, "appearance": 40}
 QUALITY = {"escd": (0.2, 0.7, 0.9), "dreambooth": (0.1, 0.2, 0.65), "p-plus": (0.1, 0.3, 0.4)}
 SECONDS = {"escd": (1.0, 2.0, 4.0), "dreambooth": (10.0, 20.0, 40.0), "p-plus": (1.0, 10.0, 30.0)}
 
@@ -49,7 +50,7 @@ def stored(empty):
             floor = StudyConfig(attribute, reference, "floor", list="real")
             records.get(floor, lambda _: scores(0.1), inputs=INPUTS, device="cpu")
             for method, quality in QUALITY.items():
-                tuning = METHODS[method].config(attribute)
+                tuning = METHODS[method].config(attribute, steps=STEPS[attribute])
                 config = MethodConfig(method, attribute, reference, tuning, BUDGETS)
                 curve = [
                     {"steps": k, "seconds": s, "megabytes": 2.5, **scores(q)}
@@ -58,7 +59,7 @@ def stored(empty):
                 metrics = {"prior_seconds": 7.0, "memory_gb": 1.25, "curve": curve}
                 records.get(config, lambda _, m=metrics: m, inputs=INPUTS, device="cpu")
     for method in QUALITY:
-        tunings = [METHODS[method].config(name) for name in ("shape", "appearance")]
+        tunings = [METHODS[method].config(name, steps=STEPS[name]) for name in ("shape", "appearance")]
         pair = MethodPairConfig(method, *names, *tunings)
         records.get(pair, lambda _: scores(0.5), inputs=INPUTS, device="cpu")
     return empty
@@ -80,7 +81,7 @@ def test_without_records_all_is_left_out_and_says_what_makes_them(empty, monkeyp
 def test_the_table_and_the_numbers_are_of_the_records(stored):
     values = methods.method_numbers()
     assert values["methods.shape.references"] == "2" and values["methods.shape.seeds"] == "1"
-    # the presets' own numbers of steps: 160 for a shape, 40 for an appearance
+    # each at its own number of steps
     assert values["methods.dreambooth.shape.iou"] == "0.65"
     assert values["methods.dreambooth.shape.iou.gain"] == "-0.25"
     assert values["methods.escd.appearance.texture"] == "0.70"
