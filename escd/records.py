@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -234,6 +235,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages a number depends on; None for one that is not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version()}
@@ -288,25 +290,29 @@ def _read(folder: Path, kind: str | type) -> list[Record]:
 
 def _parse(text: bytes, kind: str | type) -> list[Record]:
     """The records of a file's text; ValueError names a line that is not a record."""
+    # Text after the last newline is an unfinished line; the next append removes it.
+    return [_record_of(line, kind, number) for number, line in enumerate(text.split(b"\n")[:-1], start=1)]
+
+
+# A file is read whenever one of its records is asked for, and a line never changes.
+@functools.lru_cache(maxsize=1 << 14)
+def _record_of(line: bytes, kind: str | type, number: int) -> Record:
+    """The record in one line of a file."""
     config_class, kind = (None, kind) if isinstance(kind, str) else (kind, kind_of(kind))
     names = {field.name for field in dataclasses.fields(Record)}
     newer = {"date", "learnt"}  # missing in the oldest records
-    parsed = []
-    # Text after the last newline is an unfinished line; the next append removes it.
-    for number, line in enumerate(text.split(b"\n")[:-1], start=1):
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            error.add_note(f"in figures/records/{kind}.jsonl, line {number}")
-            raise
-        if not isinstance(fields, dict) or fields.keys() | newer != names or fields["kind"] != kind:
-            odd = sorted((fields.keys() | newer) ^ names) if isinstance(fields, dict) else line[:40]
-            raise ValueError(f"{kind}.jsonl, line {number}, is not a {kind} record: {odd or fields['kind']}")
-        if config_class is not None:
-            fields["config"] = with_defaults(fields["config"], config_class)
-            fields["key"] = _key(fields["config"], config_class)
-        parsed.append(Record(**fields))
-    return parsed
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        error.add_note(f"in figures/records/{kind}.jsonl, line {number}")
+        raise
+    if not isinstance(fields, dict) or fields.keys() | newer != names or fields["kind"] != kind:
+        odd = sorted((fields.keys() | newer) ^ names) if isinstance(fields, dict) else line[:40]
+        raise ValueError(f"{kind}.jsonl, line {number}, is not a {kind} record: {odd or fields['kind']}")
+    if config_class is not None:
+        fields["config"] = with_defaults(fields["config"], config_class)
+        fields["key"] = _key(fields["config"], config_class)
+    return Record(**fields)
 
 
 def _find(stored: list[Record], key: str, inputs: Mapping[str, str] | None) -> Record | None:
