@@ -235,6 +235,7 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages a number depends on; None for one that is not installed."""
     installed: dict[str, str | None] = {"python": platform.python_version()}
