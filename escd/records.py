@@ -294,10 +294,11 @@ def _parse(text: bytes, kind: str | type) -> list[Record]:
     return [_record_of(line, kind, number) for number, line in enumerate(text.split(b"\n")[:-1], start=1)]
 
 
-# A file is read whenever one of its records is asked for, and a line never changes.
+# A file is read whenever one of its records is asked for, and a line never changes. All who ask for a record
+# share it: its dicts are for reading.
 @functools.lru_cache(maxsize=1 << 14)
 def _record_of(line: bytes, kind: str | type, number: int) -> Record:
-    """The record in one line of a file."""
+    """The record in a line of a file; ValueError, with the line's number, for one that is not a record."""
     config_class, kind = (None, kind) if isinstance(kind, str) else (kind, kind_of(kind))
     names = {field.name for field in dataclasses.fields(Record)}
     newer = {"date", "learnt"}  # missing in the oldest records

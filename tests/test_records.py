@@ -72,14 +72,14 @@ def test_a_measurement_can_be_taken_again_and_the_newest_counts(tmp_path):
     assert records.measured(ToyStudyConfig(), lambda config: {"seconds": 9}) == {"seconds": 9}, "kept nowhere"
 
 
-def test_a_line_is_understood_once(tmp_path, monkeypatch):
+def test_a_line_is_parsed_once(tmp_path, monkeypatch):
     for seed in range(8):
         records.get(ToyStudyConfig(seed=seed), measure, folder=tmp_path, device="cpu")
-    read = []
-    monkeypatch.setattr(records, "with_defaults", lambda config, _class: read.append(config) or config)
+    parsed = []
+    monkeypatch.setattr(records, "with_defaults", lambda config, _class: parsed.append(config) or config)
     for seed in range(8):
         assert records.get(ToyStudyConfig(seed=seed), folder=tmp_path).seed == seed
-    assert len(read) <= 1, "the last one, which nobody has read yet"
+    assert len(parsed) <= 1, "the last one, which nobody has read yet"
 
 
 def test_another_config_is_another_record(tmp_path):
