@@ -23,16 +23,29 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from escd import ESCDPipeline, TuningConfig, customize, load_backbone, load_customization
+from escd.backbone.model import Backbone
 from escd.commands import _bytes_of, main
 from escd.drawn import Drawn
 from escd.ending import Ending
+from escd.method.cost import TuningCost, tuning_cost
 from escd.method.customization import steps_of
 
 
 @pytest.fixture(autouse=True)
 def few_views(monkeypatch) -> None:
-    """How well something is learnt here does not matter."""
-    monkeypatch.setattr("escd.method.config.VIEWS", {"shape": 4, "appearance": 4})
+    """How well something is learnt here does not matter, and one configuration costs the same each time."""
+    for setting in ("VIEWS", "BATCH_SIZES"):
+        monkeypatch.setattr(f"escd.method.config.{setting}", {"shape": 4, "appearance": 4})
+    monkeypatch.setattr("escd.commands.tuning_cost", cost_of)
+
+
+COSTS: dict[TuningConfig, TuningCost] = {}
+
+
+def cost_of(backbone: Backbone, config: TuningConfig) -> TuningCost:
+    if config not in COSTS:
+        COSTS[config] = tuning_cost(backbone, config)
+    return COSTS[config]
 
 
 @pytest.fixture
