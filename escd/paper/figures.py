@@ -36,7 +36,7 @@ ASKED_LOOKS = (
 )
 ASKED_SHAPES = (("star", "cyan"), ("heart", "beige"), ("circle", "pink"))
 FORWARD_SAMPLE = 0  # of World(seed=0)
-# Bricks, wood, rock and two weaves, which a colour alone does not show; picked by their names, not by results.
+# Bricks, wood, rock and two weaves, which a colour alone does not show; picked by names, not by results.
 # The second weave hardly shows in its reference, which has a pierced silhouette.
 SHOWN = (
     "noto-tiger/bricks-074",
