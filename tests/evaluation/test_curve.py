@@ -32,8 +32,8 @@ def test_the_seconds_of_a_checkpoint_add_up_over_trainings(tmp_path):
 
 
 def test_a_checkpoint_is_scored_like_the_study(tmp_path, monkeypatch):
-    few = {"shape": 2, "appearance": 1}  # steps: enough to see that it runs
-    monkeypatch.setattr("escd.method.config.STEPS", few)
+    for attribute, steps in (("shape", 2), ("appearance", 1)):  # enough to see that it runs
+        monkeypatch.setitem(curve.TUNING[attribute], "steps", steps)
     backbone = curve.MODELS["mini"].folder
     metrics = score_checkpoint(CurveConfig(7, prompts=4, references=1, sampler_steps=2), backbone)
     assert set(metrics["obeyed"]) == {"shape", "pattern", "colours", "background", "all"}

@@ -101,8 +101,9 @@ def test_markdown_has_the_controls_in_their_places():
     lines = tables.markdown(tables.real_tables(made)).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
-        "untouched backbone", "flat area of the mean colour", "decoder tuned", "decoder, source's recipe",
-        "oracle image through the autoencoder", "oracle image, lossless", "copy of the reference",
+        "untouched backbone", "flat area of the material's mean colour", "decoder tuned",
+        "decoder tuned, plain recipe", "right answer after the autoencoder", "right answer",
+        "copy of the reference",
     ]  # fmt: skip
     assert "| 0 % | 4.0 | 0.50 | 100 % | 0.0 | 3.0 |" in lines[2] and "| -- |" in lines[2]
 
