@@ -198,7 +198,10 @@ def rank_configs(listed: References, *, backbone: str = "mini", seed: int = 0) -
                 attribute, reference.id, TuningConfig.of(attribute, seed=seed), None,
                 list=listed.name, backbone=backbone, seed=seed, **asdict(default_guidance([attribute])),
             )  # fmt: skip
-            grid += [full, *(replace(full, rank=rank) for rank in RANKS), replace(full, exportable=True)]
+            scale = {"shape": 4.0, "appearance": 2.0}[attribute]
+            elsewhere = {"guidance_from": CUSTOMIZED, "guidance_scale": scale}
+            grid += [full, *(replace(full, rank=rank) for rank in RANKS)]
+            grid.append(replace(full, exportable=True, **elsewhere))
     return grid
 
 
