@@ -167,6 +167,15 @@ def test_images_are_made_once_and_kept_with_their_record(stored, monkeypatch):
         sheets.stored_images(config)
 
 
+def test_every_record_of_images_has_its_file_and_every_file_its_record():
+    folder = records.FOLDER / "images"
+    made = {record.key[:16]: record for kind in ("sheet", "process") for record in records.all(kind)}
+    assert made and made.keys() == {path.stem for path in folder.glob("*.png")}
+    for key, record in made.items():
+        strip = np.asarray(Image.open(folder / f"{key}.png").convert("RGB"))
+        assert records.sha256(strip) == record.metrics["pixels"]
+
+
 def assert_same(one: np.ndarray, other: np.ndarray) -> None:
     """The same picture; a batch of another size may round a pixel to the next number."""
     assert np.abs(one.astype(int) - other).max() <= 1
