@@ -38,7 +38,6 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 STATE = "application/vnd.jupyter.widget-state+json"
 SECONDS = 90  # on two cores that do nothing else; `make notebooks` notes what it took
 PATIENCE = 4  # times that, on a machine that does
-TUNING = {"02_probing_study", "03_method", "05_sliders", "your_image"}
 
 
 def notebook(name: str) -> NotebookNode:
@@ -218,7 +217,8 @@ def test_a_changed_number_is_noticed():
 @pytest.mark.parametrize("name", CHECKED)
 def test_a_notebook_runs_and_says_the_same(name, tmp_path, record_property):
     # cwd is not the notebook's, and the parameters are handed over rather than left alone
-    ran, seconds = run(name, {"backbone": "mini", "scale": "brief" if name in TUNING else "quick"}, tmp_path)
+    scale = "brief" if '"brief"' in code_cells(notebook(name))[0].source else "quick"
+    ran, seconds = run(name, {"backbone": "mini", "scale": scale}, tmp_path)
     record_property("seconds", round(seconds))
     print(f"{name}: {seconds:.0f} s of {SECONDS} s")
     assert differences(ran, notebook(name)) == []

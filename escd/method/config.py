@@ -15,9 +15,9 @@ from .attributes import RECIPES, Attribute, resolve_attribute
 # "adamw8bit" is AdamW with its two averages in a byte each (Dettmers et al. 2022), for want of memory.
 OPTIMIZERS = ("muon", "adamw", "adamw8bit")
 OPTIMIZER = "muon"
-# Learning rate and steps for each half of the UNet, set by hand on development references: no record compares
-# rates (`docs/notes/2026-11-27-tuning.md`). The halves differ in size and depth, so one rate for both would
-# compare rates, not halves.
+# Learning rate and steps for each half of the UNet, set by hand on development references
+# (`docs/notes/2026-11-27-tuning.md`): no record compares the rates of the opposite halves. The halves differ
+# in size and depth, so one rate for both would compare rates, not halves.
 RATES = {
     "muon": {
         "shape": {"encoder": 1.2e-2, "decoder": 3e-3, "all": 3e-3},
